@@ -1,0 +1,211 @@
+"""How the bundled model was made: tokenizer, curriculum, weights, in one command.
+
+    python tiny/make.py --text FOLDER_OF_BOOKS                         # about ten minutes on a large GPU
+    python tiny/make.py --text FOLDER_OF_BOOKS --stages 256:1500,1024:300,4096:50 --tokens-per-step 16384   # a CPU
+
+Retrieval has to be learnt short first: trained at 4,096 tokens from the start it never appears, at 256 it does within
+a thousand steps and then stretches. So the curriculum is a list of stages, each a length and a number of steps. Gates
+come afterwards, from train.py. `tiny/README.md` says what was run for the weights in this folder and what they reach.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import tasks                                                            # noqa: E402
+from model import Config, Llama, UserError, checkpoint_names, say       # noqa: E402
+
+BEGIN, END = "<|begin|>", tasks.END
+ANSWER_WEIGHT = 5.0                                     # a token of an answer counts as much as five others
+
+
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE with digits one by one; every text begins with BEGIN (a place for attention to rest on)."""
+    tokenizer = Tokenizer(models.BPE())
+    split = Regex(r"\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BEGIN, END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))])
+    return tokenizer
+
+
+class Documents(torch.utils.data.IterableDataset):
+    """Batches of documents from the mix, without end: ids (B, T), targets (B, T) with -100 for padding, weights."""
+
+    def __init__(self, haystack, tokenizer, tokens, batch, seed, mix=None):
+        self.haystack, self.tokenizer, self.tokens, self.batch = haystack, tokenizer, tokens, batch
+        self.seed, self.mix = seed, mix
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed}/{self.tokens}/{worker.id if worker else 0}")
+        while True:
+            ids = torch.zeros(self.batch, self.tokens + 1, dtype=torch.long)
+            weights = torch.zeros(self.batch, self.tokens + 1)
+            for b in range(self.batch):
+                task = tasks.pick(rng, self.mix)
+                _, doc, answer = tasks.make(task, self.haystack, self.tokens + 1, self.tokenizer.encode, rng)
+                ids[b, :len(doc)] = torch.tensor(doc)
+                weights[b, :len(doc)] = torch.tensor(answer).float() * (ANSWER_WEIGHT - 1) + 1
+            yield ids[:, :-1], ids[:, 1:], weights[:, 1:]
+
+
+def initialise(model):
+    """Normal weights of 0.02; the two matrices that write into the residual stream smaller, by its depth."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            scale = 1 / math.sqrt(2 * model.config.num_layers) if name.endswith(("out.weight", "down.weight")) else 1
+            torch.nn.init.normal_(p, std=0.02 * scale)
+        else:
+            torch.nn.init.ones_(p)
+
+
+def make_optimizers(model, lr):
+    """Muon (orthogonalised momentum) for the matrices of the layers, AdamW for embedding and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
+    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "layers" not in n]
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def train(model, run, haystack, tokenizer, args):
+    """The curriculum. One progress line every few seconds, a checkpoint every few minutes."""
+    device = torch.device(args.device)
+    optimizers = make_optimizers(model, args.lr)
+    total, done, started, saved, shown = sum(s for _, s in args.stages), 0, time.time(), time.time(), 0.0
+    log = []
+    for length, steps in args.stages:
+        micro = max(1, min(args.tokens_per_step, args.micro_tokens) // length)
+        accumulate = max(1, round(args.tokens_per_step / (micro * length)))
+        data = iter(torch.utils.data.DataLoader(Documents(haystack, tokenizer, length, micro, args.seed),
+                                                batch_size=None, num_workers=args.workers, prefetch_factor=4))
+        for step in range(steps):
+            rate = args.lr * min(1, (done + 1) / args.warmup) * min(1, (total - done) / (0.4 * total))
+            sums = torch.zeros(4, device=device)           # loss and count of prose tokens, of answer tokens
+            for _ in range(accumulate):
+                ids, targets, weights = (x.to(device, non_blocking=True) for x in next(data))
+                with torch.autocast(device.type, torch.bfloat16):
+                    logits = run(ids)
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+                w = weights.flatten()
+                (losses * w).sum().div(w.sum() * accumulate).backward()
+                with torch.no_grad():
+                    sums += torch.stack([(losses * (w == 1)).sum(), (w == 1).sum(),
+                                         (losses * (w > 1)).sum(), (w > 1).sum()])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            done += 1
+            if time.time() - shown > args.log_seconds or step == steps - 1:
+                shown, s = time.time(), sums.tolist()
+                left = (shown - started) / done * (total - done)
+                log.append(dict(step=done, length=length, prose=s[0] / max(s[1], 1), answers=s[2] / max(s[3], 1),
+                                seconds=round(shown - started)))
+                say(f"step {done}/{total}  T {length}  loss {log[-1]['prose']:.3f}  answers {log[-1]['answers']:.3f}"
+                    f"  lr {rate:.1e}  {shown - started:.0f} s, {left:.0f} s left")
+            if time.time() - saved > 300:
+                saved = time.time()
+                save(model, args.out, log)
+    return log
+
+
+def save(model, folder, log):
+    """A folder in Hugging Face layout: the stacked matrices apart again, in bf16; each file renamed into place."""
+    c, params = model.config, dict(model.named_parameters())
+    tensors = {("" if name.startswith("lm_head") else "model.") + name:
+               params[ours][start:stop].detach().to("cpu", torch.bfloat16).contiguous().clone()
+               for name, (ours, start, stop) in checkpoint_names(c).items()}
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size,
+                  hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_layers,
+                  num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
+                  hidden_act="silu", rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_positions,
+                  rope_theta=c.rope_theta, tie_word_embeddings=c.tied, torch_dtype="bfloat16", bos_token_id=0,
+                  eos_token_id=1)
+    template = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}" + END +
+                "{% else %}{{ '' if loop.first else '\n\n' }}{{ m.content }}{% endif %}{% endfor %}")
+    write(folder, "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    for name, value in (("config.json", config), ("generation_config.json", dict(bos_token_id=0, eos_token_id=1)),
+                        ("tokenizer_config.json", dict(bos_token=BEGIN, eos_token=END, chat_template=template)),
+                        ("training_log.json", log)):
+        write(folder, name, lambda path: Path(path).write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write(folder, name, writer):
+    temporary = os.path.join(folder, name + ".part")
+    writer(temporary)
+    os.replace(temporary, os.path.join(folder, name))
+
+
+def read_books(folder, held_out):
+    paths = sorted(p for p in Path(folder).rglob("*.txt") if held_out not in p.name)
+    if not paths:
+        raise UserError(f"{folder}: no *.txt in it")
+    return {p.name: p.read_text(encoding="utf-8") for p in paths}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", required=True, help="folder of .txt files (all but the held-out one are used)")
+    parser.add_argument("--hold-out", default="the-moonstone", help="files with this in their name are left out")
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
+    parser.add_argument("--stages", default="256:2500,1024:1000,4096:2000,8192:300", help="length:steps,...")
+    parser.add_argument("--tokens-per-step", type=int, default=65536)
+    parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that go through the model at once")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--log-seconds", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.stages = [tuple(map(int, s.split(":"))) for s in args.stages.split(",")]
+    os.makedirs(args.out, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    books = read_books(args.text, args.hold_out)
+    say(f"{len(books)} books, {sum(map(len, books.values())) / 1e6:.1f} M characters")
+    path = os.path.join(args.out, "tokenizer.json")
+    config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for t, _ in args.stages))
+    if not os.path.exists(path):
+        tokenizer = train_tokenizer(books.values(), config.vocab_size)
+        write(args.out, "tokenizer.json", lambda p: tokenizer.save(p))
+    tokenizer = Tokenizer.from_file(path)
+    haystack = tasks.Haystack("\n\n".join(books.values()))
+
+    model = Llama(config).to(args.device)
+    initialise(model)
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {args.device}")
+
+    def run(ids):
+        return model.logits(model(ids))
+
+    log = train(model, torch.compile(run, dynamic=False) if args.compile else run, haystack, tokenizer, args)
+    save(model, args.out, log)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        say(f"make.py: {e}")
+        sys.exit(2)
