@@ -87,7 +87,7 @@ def read_json(path, required=True):
 
 
 def read_config(folder):
-    """Config from folder/config.json. Raises UserError, naming the key, for anything this code would compute wrongly."""
+    """Config from folder/config.json. UserError, naming the key, for anything this code would compute wrongly."""
     path = os.path.join(folder, "config.json")
     c = read_json(path)
     kind = c.get("model_type")
@@ -109,14 +109,15 @@ def read_config(folder):
         return c[key]
 
     rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    theta = c.get("rope_theta", rope.pop("rope_theta", None))
+    theta = rope.pop("rope_theta", None) or c.get("rope_theta")         # of two, the one transformers would take
     if theta is None:
         theta = 10000.0
         say(f"{path}: no rope_theta in it, neither at the top nor in rope_parameters: 10000 is assumed")
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if rope_type not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"{path}: rope type {rope_type!r} is not supported; supported are default, linear, llama3, yarn")
+        raise UserError(f"{path}: rope type {rope_type!r} is not supported; supported are default, linear, llama3 and "
+                        "yarn")
     if rope_type != "default":
         wanted = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         for key in wanted.get(rope_type, ("factor",)):
@@ -326,29 +327,28 @@ def find_folder(path):
     if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{path} is no folder, and no hub name of the form owner/name either")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     found = {}
 
-    def fetch(name):
+    def fetch(name, optional=False):
         try:
             found[name] = hf_hub_download(path, name)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            pass
+        except Exception as e:                                  # the network's libraries raise their own kinds
+            offline = isinstance(e, LocalEntryNotFoundError)    # and the file is not in the cache either
+            if offline and optional:
+                say(f"{path}: the hub cannot be reached and {name} is not in its cache: going on without it")
+            elif offline or not isinstance(e, EntryNotFoundError):
+                why = (str(e) or type(e).__name__).splitlines()[0]
+                raise UserError(f"{path} is no local folder, and fetching {name} from the hub failed: {why}") from None
 
-    try:
-        for name in (*READ, INDEX):
-            fetch(name)
-        if INDEX in found:
-            for shard in sorted(set(read_json(found[INDEX]).get("weight_map", {}).values())):
-                check_inside(shard, found[INDEX])
-                fetch(shard)
-        else:
-            fetch(SINGLE)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        raise UserError(f"{path} is no local folder, and fetching it from the hub failed: {str(e).splitlines()[0]}"
-                        ) from None
+    for name in (*READ, INDEX):
+        fetch(name, optional=name != "config.json")
+    if INDEX in found:
+        for shard in sorted(set(read_json(found[INDEX]).get("weight_map", {}).values())):
+            check_inside(shard, found[INDEX])
+            fetch(shard)
+    else:
+        fetch(SINGLE)
     if "config.json" not in found:
         raise UserError(f"{path}: the hub's repository has no config.json")
     return os.path.dirname(found["config.json"])
@@ -411,7 +411,7 @@ def find_tensors(folder, config):
     elif config.tied and "lm_head.weight" in files:
         head, embedding = (f.get_tensor(n) for f, n, _ in (files.pop("lm_head.weight"), files["embed_tokens.weight"]))
         if not torch.equal(head, embedding):
-            say(f"{folder}: the config ties lm_head to the embedding, the stored lm_head differs: the embedding is used")
+            say(f"{folder}: the config ties lm_head to the embedding, a stored lm_head differs: the embedding is used")
     elif not config.tied and "lm_head.weight" not in files:
         say(f"{folder}: the config says lm_head is not tied, but none is stored: the embedding is used")
     return files

@@ -1,9 +1,9 @@
 """Write-Gated KV: decide, when a key is made, whether it is worth remembering (arXiv 2512.17452).
 
-A dense cache writes every token's key and value for ever. Here a small gate looks at each key as it is made and predicts
-whether distant queries will want it. Recent tokens stay in a ring whatever their gate says, since most tokens matter to
-their neighbours and to nobody later. A token that leaves the ring is promoted to paged memory if its gate reached tau,
-else it is gone. Each layer and each KV head decides for itself.
+A dense cache writes every token's key and value for ever. Here a small gate looks at each key as it is made and
+predicts whether distant queries will want it. Recent tokens stay in a ring whatever their gate says, since most tokens
+matter to their neighbours and to nobody later. A token that leaves the ring is promoted to paged memory if its gate
+reached tau, else it is gone. Each layer and each KV head decides for itself.
 
 THE DEFINITION. In each layer and KV head, for a query at position i and a key at position j with gate g[j],
 
@@ -89,8 +89,8 @@ class Gate(nn.Module):
     def forward(self, k, k_rotated):
         """k, k_rotated (B, Hkv, T, D), before and after RoPE -> g (B, Hkv, T) fp32."""
         B, Hkv, T, D = k.shape
-        x = torch.cat((F.rms_norm(k.float(), (D,), self.pre_norm, 1e-6),
-                       F.rms_norm(k_rotated.float(), (D,), self.post_norm, 1e-6)), dim=-1)
+        x = F.rms_norm(torch.stack((k, k_rotated), dim=-2).float(), (D,), None, 1e-6)    # (B, Hkv, T, 2, D)
+        x = x * torch.stack((self.pre_norm, self.post_norm))
         x = x.transpose(0, 1).reshape(Hkv, B * T, 2 * D)
         h = F.gelu(torch.baddbmm(self.b1[:, None], x, self.w1.transpose(1, 2)))          # (Hkv, B * T, E * D)
         g = torch.baddbmm(self.b2[:, None, None], h, self.w2[:, :, None]).float().sigmoid()
@@ -162,18 +162,20 @@ class Gates(nn.Module):
                   "conv1.bias": "b1", "conv2.weight": "w2", "conv2.bias": "b2"}
         ours = {}
         for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
-            layer, found, what = name.removeprefix("model.layers.").partition(".self_attn.g_predictors.")
+            layer, found, what = str(name).removeprefix("model.layers.").partition(".self_attn.g_predictors.")
             if not found or what not in theirs or not layer.isdigit() or not torch.is_tensor(tensor):
                 raise UserError(f"{path}: {name} is no tensor of an official gate checkpoint")
             ours[f"layers.{layer}.{theirs[what]}"] = tensor.detach()
         if not {"layers.0.pre_norm", "layers.0.w1", "layers.0.w2"} <= ours.keys():
             raise UserError(f"{path}: it holds no gates of layer 0 (model.layers.0.self_attn.g_predictors.*)")
-        D, Hkv = len(ours["layers.0.pre_norm"]), len(ours["layers.0.w2"])
+        D, Hkv, rows = (ours[f"layers.0.{name}"].shape[:1].numel() for name in ("pre_norm", "w2", "w1"))
         L = 1 + max(int(name.split(".")[1]) for name in ours)
         refuse_misfit(path, "its model", (L, Hkv, D), model)
-        gates = cls(L, Hkv, D, expansion=ours["layers.0.w1"].shape[0] / Hkv / D)
-        want = {name: p.shape for name, p in gates.named_parameters()}
-        gates.fill(path, {n: t.reshape(want[n]) if n in want and t.numel() == want[n].numel() else t
+        hidden = max(1, rows // Hkv)
+        gates = cls(L, Hkv, D, expansion=hidden / D)
+        stored = {"w1": (Hkv * hidden, 2 * D, 1), "b1": (Hkv * hidden,), "w2": (Hkv, hidden, 1)}
+        shapes = {name: p.shape for name, p in gates.named_parameters()}
+        gates.fill(path, {n: t.reshape(shapes[n]) if n in shapes and t.shape == stored.get(n.split(".")[2]) else t
                           for n, t in ours.items()})
         return gates.to(model.device).eval().requires_grad_(False)
 
@@ -230,7 +232,7 @@ class RandomAdmission:
 # -------------------------------------------------------------------------------------------------- attention, sparse
 
 def banded_attention(q, k, v, g, old_k, old_v, old_count, window, tau, block=256):
-    """Attention of T new tokens over a band of recent keys and a list of older admitted ones, a block of queries at once.
+    """Attention of T new tokens over a band of recent keys and a list of older admitted ones, by blocks of queries.
 
     q (B, Hq, T, D). k, v (B, Hkv, W + T, D), g (B, Hkv, W + T): the W tokens before the call, then its own; new token
     t stands at index W + t, and what stands before the beginning of a sequence has g = -inf and must not be seen.
@@ -334,9 +336,10 @@ class DenseCache(Cache):
             extra = max(self.stop, self.stop - T + self.stop // 4) - cache["k"].shape[2]
             for name in ("k", "v"):
                 cache[name] = F.pad(cache[name], (0, 0, 0, extra))
+        b = torch.arange(self.B, device=self.device)[:, None]
+        for name, new in (("k", k), ("v", v)):         # padding is written too, and overwritten before it can be seen
+            cache[name][b, :, self.positions] = new.transpose(1, 2)
         keys, values = cache["k"][:, :, :self.stop], cache["v"][:, :, :self.stop]
-        for b, at in enumerate(self.start):            # padding is written too, and overwritten before it can be seen
-            keys[b, :, at:at + T], values[b, :, at:at + T] = k[b], v[b]
         gqa = q.shape[1] != self.Hkv
         if T == self.stop:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
@@ -396,12 +399,20 @@ class DualCache(Cache):
                     layer["free_count"] += len(pages)
                     layer["count"][row] = 0
 
+    def begin(self, T, lengths=None):
+        positions = super().begin(T, lengths)
+        self.slot = self.seen % self.window                                 # (B): where a single new token goes
+        self.alive = torch.arange(self.B, device=self.device)
+        if lengths is not None:
+            self.alive = self.new.nonzero()[:, 0]
+        return positions
+
     # A call: gates, then the band (ring unrolled + new tokens), then what leaves the window goes into pages, then
     # attention over pages and band, and last the ring takes the newest W tokens of the band.
 
     def attend(self, layer, q, k, v, cos, sin):
         """q (B, Hq, T, D), k and v (B, Hkv, T, D) unrotated -> attention output (B, Hq, T, D)."""
-        q, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k_rotated = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], self.Hkv), dim=1)
         g = self.admission.gate(layer, k, k_rotated, self.positions)
         step = self.decode if q.shape[2] == 1 else self.prefill
         return step(self.layers[layer], q, k_rotated, v, g)
@@ -415,7 +426,7 @@ class DualCache(Cache):
         band_g = torch.cat((take(c["ring_g"], unroll), g), dim=2)                          # (B, Hkv, W + T)
         # Index t leaves the window when new token t arrives.
         real = torch.arange(T, device=self.device) < self.new[:, None, None]
-        leaves = (band_g[:, :, :T] >= self.tau) & (band_g[:, :, :T] > -math.inf) & real   # (B, Hkv, T) bool
+        leaves = (band_g[:, :, :T] >= self.tau) & real                                     # (B, Hkv, T) bool
         counts = c["count"].view(self.B, self.Hkv, 1) + leaves.cumsum(-1)
         positions = (self.positions[:, None] - W).expand_as(leaves)
         self.promote(c, leaves, counts, band_k[:, :, :T], band_v[:, :, :T], positions)
@@ -424,12 +435,12 @@ class DualCache(Cache):
         y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, counts, W, self.tau)
         # Slot s takes the one of the newest W indices (new .. new + W - 1) whose position is s modulo W.
         newest = self.new[:, None] + (torch.arange(W, device=self.device) - (self.seen + self.new)[:, None]) % W
-        c["ring_k"], c["ring_v"], c["ring_g"] = (take(x, newest) for x in (band_k, band_v, band_g))
+        c["ring_k"], c["ring_v"], c["ring_g"] = (take(x, newest).contiguous() for x in (band_k, band_v, band_g))
         return y
 
     def promote(self, c, leaves, counts, k, v, positions):
         """Append the tokens where `leaves` (B, Hkv, T); counts (B, Hkv, T): a row's admitted tokens after each."""
-        after = counts[:, :, -1].flatten()
+        after = counts[:, :, -1].flatten().contiguous()
         if torch.equal(after, c["count"]):
             return
         have, need = pages_for(c["count"]), pages_for(after)
@@ -447,26 +458,23 @@ class DualCache(Cache):
         c["page_pos"].view(-1)[at] = positions[leaves].int()
 
     def decode(self, c, q, k, v, g):
-        W, slot = self.window, self.seen % self.window                                                  # (B)
-        b = torch.arange(self.B, device=self.device)
-        alive = (self.new > 0)[:, None]                                                                 # (B, 1)
-        victim_g = c["ring_g"][b, :, slot]                                                              # (B, Hkv)
-        leaves = (victim_g >= self.tau) & (victim_g > -math.inf) & alive
+        b, slot = self.alive, self.slot
+        leaves = c["ring_g"][torch.arange(self.B, device=self.device), :, slot] >= self.tau             # (B, Hkv)
+        leaves = leaves & (self.new > 0)[:, None]
         if leaves.any():
             counts = c["count"].view(self.B, self.Hkv, 1) + leaves[..., None]
-            positions = (self.seen - W)[:, None, None].expand(-1, self.Hkv, -1)
-            self.promote(c, leaves[..., None], counts, c["ring_k"][b, :, slot, None], c["ring_v"][b, :, slot, None],
-                         positions)
-        for ring, new in ((c["ring_k"], k), (c["ring_v"], v), (c["ring_g"], g)):
-            kept = ring[b, :, slot]
-            ring[b, :, slot] = torch.where(alive[..., None] if kept.dim() == 3 else alive, new[:, :, 0], kept)
+            positions = (self.seen - self.window)[:, None, None].expand(-1, self.Hkv, -1)
+            victims = (take(c[ring], slot[:, None]) for ring in ("ring_k", "ring_v"))                   # (B, Hkv, 1, D)
+            self.promote(c, leaves[..., None], counts, *victims, positions)
+        for ring, new in (("ring_k", k), ("ring_v", v), ("ring_g", g)):
+            c[ring][b, :, slot[b]] = new[b, :, 0]
         # All of a row's pages, then its ring: one list of keys, of which some places are empty.
         M = pages_for(int(c["count"].max()))
         pages = c["table"][:, :M].long()
         keys, values = (torch.cat((c[page][pages].view(self.B, self.Hkv, M * P, self.D), c[ring]), dim=2)
                         for page, ring in (("page_k", "ring_k"), ("page_v", "ring_v")))
-        full = torch.arange(M * P, device=self.device) < c["count"][:, None]
-        mask = torch.cat((full.view(self.B, self.Hkv, -1), c["ring_g"] > -math.inf), dim=2)[:, :, None]
+        full = torch.arange(M * P, device=self.device) < c["count"].view(self.B, self.Hkv, 1)
+        mask = torch.cat((full, c["ring_g"] > -math.inf), dim=2)[:, :, None]
         grouped = q.view(self.B, self.Hkv, -1, self.D)                     # the G queries of a row see the same keys
         return F.scaled_dot_product_attention(grouped, keys, values, mask).view(q.shape)
 
@@ -494,12 +502,10 @@ class DualCache(Cache):
 
     def kept_bytes(self):
         """Bytes that are needed for what is remembered: rings, pages in use (whole), tables and counts."""
-        total = self.seen.numel() * self.seen.itemsize
-        for c in self.layers:
-            page = P * (2 * self.D * self.dtype.itemsize + 4)
-            total += int(pages_for(c["count"]).sum()) * page
-            total += sum(c[name].numel() * c[name].itemsize for name in ("ring_k", "ring_v", "ring_g", "table", "count"))
-        return total
+        slot = 2 * self.D * self.dtype.itemsize + 4            # K, V, and 4 bytes of gate (ring) or position (page)
+        ring = self.B * self.Hkv * (self.window * slot + 8)    # with each row's count
+        pages = sum(int(pages_for(c["count"]).sum()) for c in self.layers)
+        return self.L * ring + pages * (P * slot + 4) + 8 * self.B
 
     def reserved_bytes(self):
         """Bytes held, used or not."""

@@ -1,11 +1,13 @@
 """How the bundled model was made: tokenizer, curriculum, weights, in one command.
 
     python tiny/make.py --text FOLDER_OF_BOOKS                         # about ten minutes on a large GPU
-    python tiny/make.py --text FOLDER_OF_BOOKS --stages 256:1500,1024:300,4096:50 --tokens-per-step 16384   # a CPU
+    python tiny/make.py --text FOLDER_OF_BOOKS --stages 256:600:back,256:1100,1024:450,4096:150 \\
+        --tokens-per-step 8192 --compile                               # two CPU cores and two hours: a stopgap
 
 Retrieval has to be learnt short first: trained at 4,096 tokens from the start it never appears, at 256 it does within
-a thousand steps and then stretches. So the curriculum is a list of stages, each a length and a number of steps. Gates
-come afterwards, from train.py. `tiny/README.md` says what was run for the weights in this folder and what they reach.
+a thousand steps and then stretches. So the curriculum is a list of stages, each a length and a number of steps, the
+first with more to look back for. Gates come afterwards, from train.py. README.md in this folder says what was run for
+the weights in it, and what they reach.
 """
 import argparse
 import json
@@ -21,9 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import tasks                                                            # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Config, Llama, UserError, checkpoint_names, say       # noqa: E402
+from tiny import tasks                                                  # noqa: E402
 
 BEGIN, END = "<|begin|>", tasks.END
 ANSWER_WEIGHT = 5.0                                     # a token of an answer counts as much as five others
@@ -47,7 +49,7 @@ def train_tokenizer(texts, vocab_size):
 class Documents(torch.utils.data.IterableDataset):
     """Batches of documents from the mix, without end: ids (B, T), targets (B, T) with -100 for padding, weights."""
 
-    def __init__(self, haystack, tokenizer, tokens, batch, seed, mix=None):
+    def __init__(self, haystack, tokenizer, tokens, batch, seed, mix):
         self.haystack, self.tokenizer, self.tokens, self.batch = haystack, tokenizer, tokens, batch
         self.seed, self.mix = seed, mix
 
@@ -87,13 +89,13 @@ def train(model, run, haystack, tokenizer, args):
     """The curriculum. One progress line every few seconds, a checkpoint every few minutes."""
     device = torch.device(args.device)
     optimizers = make_optimizers(model, args.lr)
-    total, done, started, saved, shown = sum(s for _, s in args.stages), 0, time.time(), time.time(), 0.0
+    total, done, started, saved, shown = sum(s for _, s, _ in args.stages), 0, time.time(), time.time(), 0.0
     log = []
-    for length, steps in args.stages:
+    for length, steps, mix in args.stages:
         micro = max(1, min(args.tokens_per_step, args.micro_tokens) // length)
         accumulate = max(1, round(args.tokens_per_step / (micro * length)))
-        data = iter(torch.utils.data.DataLoader(Documents(haystack, tokenizer, length, micro, args.seed),
-                                                batch_size=None, num_workers=args.workers, prefetch_factor=4))
+        documents = Documents(haystack, tokenizer, length, micro, args.seed, mix)
+        data = iter(torch.utils.data.DataLoader(documents, batch_size=None, num_workers=args.workers))
         for step in range(steps):
             rate = args.lr * min(1, (done + 1) / args.warmup) * min(1, (total - done) / (0.4 * total))
             sums = torch.zeros(4, device=device)           # loss and count of prose tokens, of answer tokens
@@ -166,7 +168,9 @@ def main(argv=None):
     parser.add_argument("--text", required=True, help="folder of .txt files (all but the held-out one are used)")
     parser.add_argument("--hold-out", default="the-moonstone", help="files with this in their name are left out")
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
-    parser.add_argument("--stages", default="256:2500,1024:1000,4096:2000,8192:300", help="length:steps,...")
+    parser.add_argument("--start", metavar="FOLDER", help="weights to go on from, instead of random ones")
+    parser.add_argument("--stages", default="256:500:back,256:2000,1024:1000,4096:2000,8192:300",
+                        help="length:steps or length:steps:mix, ...")
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that go through the model at once")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -178,22 +182,26 @@ def main(argv=None):
     parser.add_argument("--log-seconds", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.stages = [tuple(map(int, s.split(":"))) for s in args.stages.split(",")]
+    stages = [stage.split(":") for stage in args.stages.split(",")]
+    args.stages = [(int(length), int(steps), *(mix or ["all"])) for length, steps, *mix in stages]
     os.makedirs(args.out, exist_ok=True)
     torch.manual_seed(args.seed)
 
     books = read_books(args.text, args.hold_out)
     say(f"{len(books)} books, {sum(map(len, books.values())) / 1e6:.1f} M characters")
     path = os.path.join(args.out, "tokenizer.json")
-    config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for t, _ in args.stages))
+    config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for t, *_ in args.stages))
     if not os.path.exists(path):
         tokenizer = train_tokenizer(books.values(), config.vocab_size)
         write(args.out, "tokenizer.json", lambda p: tokenizer.save(p))
     tokenizer = Tokenizer.from_file(path)
     haystack = tasks.Haystack("\n\n".join(books.values()))
 
-    model = Llama(config).to(args.device)
-    initialise(model)
+    if args.start:
+        model = Llama.from_pretrained(args.start, args.device, torch.float32).train().requires_grad_(True)
+    else:
+        model = Llama(config).to(args.device)
+        initialise(model)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {args.device}")
 
     def run(ids):

@@ -23,7 +23,8 @@ Irene Isaac Isabel Jacob James Jane Jasper Joan Joseph Julia Kate Laura Leonard 
 Margaret Maria Mark Martha Martin Mary Matilda Maud Miriam Nancy Nathan Nell Nicholas Nora Oliver Oscar Owen Patrick
 Paul Percy Peter Philip Phoebe Ralph Rebecca Richard Robert Roger Rosa Rose Ruth Samuel Sarah Silas Simon Sophia
 Stephen Susan Sybil Thomas Timothy Ursula Victor Viola Walter Wilfred William Winifred""".split()
-MIX = {"facts": 0.25, "lists": 0.10, "classes": 0.15, "copy": 0.10, "again": 0.10, "prose": 0.30}
+MIXES = {"all": {"facts": 0.25, "lists": 0.10, "classes": 0.15, "copy": 0.10, "again": 0.10, "prose": 0.30},
+         "back": {"facts": 0.25, "lists": 0.05, "classes": 0.10, "copy": 0.15, "again": 0.40, "prose": 0.05}}
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Document:
     task: str
     body: str
     questions: list = field(default_factory=list)      # (question, answer) pairs of text; answers end with END
+
+    def __post_init__(self):
+        self.body = self.body.rstrip()                 # questions begin with an empty line: a clean seam for tokens
 
     @property
     def text(self):
@@ -139,9 +143,12 @@ def copy(haystack, chars, size, rng):
 
 
 def again(haystack, chars, size, rng):
-    """A passage that comes back after other text."""
-    passage = haystack.cut(rng.randint(chars // 8, chars // 3), rng)
-    return Document("again", passage + haystack.cut(chars - 2 * len(passage), rng) + passage)
+    """A passage that comes back after other text; its words may be shuffled, and then looking back is the only way."""
+    passage = haystack.cut(rng.randint(chars // 8, int(chars / 2.2)), rng)
+    if rng.random() < 0.5:
+        words = passage.split()
+        passage = " ".join(rng.sample(words, len(words))) + " "
+    return Document("again", passage + haystack.cut(max(40, chars - 2 * len(passage)), rng) + passage)
 
 
 def prose(haystack, chars, size, rng):
@@ -177,7 +184,7 @@ def make(task, haystack, tokens, encode, rng):
     return document, encoding.ids, answer
 
 
-def pick(rng, mix=None):
-    """The name of a task, drawn by its weight."""
-    mix = MIX if mix is None else mix
+def pick(rng, mix="all"):
+    """The name of a task, drawn by its weight in a mix."""
+    mix = MIXES[mix]
     return rng.choices(list(mix), weights=list(mix.values()))[0]
