@@ -446,11 +446,17 @@ def check(args):
 
 def run_program(main, argv=None):
     """main(argv) with every UserError as one line on stderr and exit status 2."""
+    name = Path(sys.argv[0]).name
     try:
         return main(argv) or 0
     except UserError as e:
-        say(f"{Path(sys.argv[0]).name}: {e}")
-        return 2
+        say(f"{name}: {e}")
+    except torch.OutOfMemoryError as e:
+        say(f"{name}: out of memory, a smaller --chunk or --dtype may help: {str(e).splitlines()[0]}")
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+        return 130
+    return 2
 
 
 def main(argv=None):

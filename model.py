@@ -94,8 +94,8 @@ def read_config(folder):
     if kind not in SUPPORTED:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
     if c.get("quantization_config"):
-        method = c["quantization_config"].get("quant_method", "unknown method")
-        raise UserError(f"{path}: quantization_config ({method}): quantised folders are not supported")
+        raise UserError(f"{path}: quantization_config {json.dumps(c['quantization_config'])[:80]}: quantised folders "
+                        "are not supported")
     if c.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
     slides = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
@@ -103,12 +103,17 @@ def read_config(folder):
         raise UserError(f"{path}: sliding_window {c.get('sliding_window')} is in use: sliding-window models are not "
                         "supported")
 
-    def need(key):
-        if not isinstance(c.get(key), int):
-            raise UserError(f"{path}: {key} should be a whole number, it is {c.get(key)!r}")
-        return c[key]
+    def need(key, default=None):
+        value = c.get(key) if c.get(key) is not None else default
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {key} should be a whole number above 0, it is {value!r}")
+        return value
 
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rope_parameters (or rope_scaling) should be one set of settings for all layers, it "
+                        f"is {json.dumps(rope)[:80]}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or c.get("rope_theta")         # of two, the one transformers would take
     if theta is None:
         theta = 10000.0
@@ -121,17 +126,20 @@ def read_config(folder):
     if rope_type != "default":
         wanted = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         for key in wanted.get(rope_type, ("factor",)):
-            if not isinstance(rope.get(key), (int, float)):
+            if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
                 raise UserError(f"{path}: rope type {rope_type} needs a number {key}, it is {rope.get(key)!r}")
     hidden, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads = c.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise UserError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    kv_heads, head_dim = need("num_key_value_heads", heads), need("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}, "
+                        f"and head_dim {head_dim} even")
+    if not isinstance(theta, (int, float)):
+        raise UserError(f"{path}: rope_theta should be a number, it is {theta!r}")
     bias = bool(c.get("attention_bias", False))
     return Config(
         model_type=kind, vocab_size=need("vocab_size"), hidden_size=hidden,
         intermediate_size=need("intermediate_size"), num_layers=need("num_hidden_layers"), num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=c.get("head_dim") or hidden // heads, norm_eps=c.get("rms_norm_eps", 1e-6),
+        num_kv_heads=kv_heads, head_dim=head_dim, norm_eps=c.get("rms_norm_eps", 1e-6),
         max_positions=need("max_position_embeddings"), rope_theta=float(theta),
         rope={} if rope_type == "default" else {"rope_type": rope_type, **rope},
         tied=bool(c.get("tie_word_embeddings", False)), qk_norm=kind == "qwen3",
@@ -309,7 +317,7 @@ class Llama(nn.Module):
         except torch.OutOfMemoryError as e:
             raise UserError(f"{folder}: the weights do not fit on {device}: {str(e).splitlines()[0]}") from None
         fill(model, files, folder)
-        model.name = Path(str(path).rstrip("/")).name if os.path.isdir(path) else str(path)
+        model.name = Path(path).resolve().name if os.path.isdir(path) else str(path)
         return model.eval().requires_grad_(False)
 
 
@@ -338,14 +346,13 @@ def find_folder(path):
             if offline and optional:
                 say(f"{path}: the hub cannot be reached and {name} is not in its cache: going on without it")
             elif offline or not isinstance(e, EntryNotFoundError):
-                why = (str(e) or type(e).__name__).splitlines()[0]
+                why = " ".join(str(e).split())[:300] or type(e).__name__
                 raise UserError(f"{path} is no local folder, and fetching {name} from the hub failed: {why}") from None
 
     for name in (*READ, INDEX):
         fetch(name, optional=name != "config.json")
     if INDEX in found:
-        for shard in sorted(set(read_json(found[INDEX]).get("weight_map", {}).values())):
-            check_inside(shard, found[INDEX])
+        for shard in sorted(set(read_index(found[INDEX]).values())):
             fetch(shard)
     else:
         fetch(SINGLE)
@@ -354,10 +361,16 @@ def find_folder(path):
     return os.path.dirname(found["config.json"])
 
 
-def check_inside(shard, index):
-    parts = Path(shard).parts if isinstance(shard, str) else ("..",)
-    if os.path.isabs(str(shard)) or ".." in parts or "\\" in str(shard):
-        raise UserError(f"{index}: the shard {shard!r} lies outside the folder; refused")
+def read_index(index):
+    """{tensor: shard} from an index file; a shard outside the folder is refused."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: it has no weight_map")
+    for shard in weight_map.values():
+        parts = Path(shard).parts if isinstance(shard, str) else ("..",)
+        if os.path.isabs(str(shard)) or ".." in parts or "\\" in str(shard):
+            raise UserError(f"{index}: the shard {shard!r} lies outside the folder; refused")
+    return weight_map
 
 
 def open_tensors(path):
@@ -379,12 +392,8 @@ def find_tensors(folder, config):
     index, single = os.path.join(folder, INDEX), os.path.join(folder, SINGLE)
     files = {}
     if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index}: it has no weight_map")
         handles = {}
-        for name, shard in weight_map.items():
-            check_inside(shard, index)
+        for name, shard in read_index(index).items():
             path = os.path.join(folder, shard)
             if shard not in handles:
                 if not os.path.exists(path):
@@ -402,8 +411,9 @@ def find_tensors(folder, config):
                         "use the model.safetensors (or shards and index) of the Hugging Face repository")
     else:
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there (pickled *.bin files are not read)")
-    if any(name.endswith("attention.wq.weight") for name in files):
-        raise UserError(f"{single}: tensors named attention.wq are Meta's own layout, whose q and k rows are ordered "
+    metas = [path for name, (_, _, path) in files.items() if name.endswith("attention.wq.weight")]
+    if metas:
+        raise UserError(f"{metas[0]}: tensors named attention.wq are Meta's own layout, whose q and k rows are ordered "
                         "differently; use the Hugging Face files of the model (self_attn.q_proj)")
     files = {n.removeprefix("model."): v for n, v in files.items() if not n.endswith("rotary_emb.inv_freq")}
     if "embed_tokens.weight" not in files and "lm_head.weight" in files and config.tied:

@@ -56,10 +56,17 @@ def read_text(path):
         raise UserError(f"--data {path}: {e}") from None
 
 
+def make_haystack(prose, args):
+    try:
+        return tasks.Haystack(prose)
+    except ValueError as e:
+        raise UserError(f"{args.data or 'what the model writes'} is no prose to hide tasks in: {e}") from None
+
+
 def batches(args, model, text):
     """Yields (B, T) ids and lengths (B), args.steps times: stretches of the text given, or documents made here."""
     rng, rows = random.Random(args.seed), max(1, args.tokens_per_step // args.seq_len)
-    if args.data:
+    if args.data and not args.tasks:
         ids = text.encode(read_text(args.data), begin=False)
         body = args.seq_len - len(text.begin)
         if len(ids) < body:
@@ -68,7 +75,8 @@ def batches(args, model, text):
             starts = [rng.randrange(len(ids) - body + 1) for _ in range(rows)]
             yield torch.tensor([text.begin + ids[s:s + body] for s in starts]), None
         return
-    haystack = tasks.Haystack(model_writes(model, text, args.haystack_tokens, args.seed))
+    prose = read_text(args.data) if args.data else model_writes(model, text, args.haystack_tokens, args.seed)
+    haystack = make_haystack(prose, args)
     for _ in range(args.steps):
         documents = [tasks.make(tasks.pick(rng), haystack, args.seq_len, text.tokenizer.encode, rng)[1]
                      for _ in range(rows)]
@@ -147,7 +155,8 @@ def evaluate(model, text, make_kv, documents, batch=8, progress=lambda cases: No
 def final_table(model, text, gates, args):
     """Recall of facts with everything, with the gates, and with the window alone, on documents not trained on."""
     rng = random.Random(f"{args.seed}/final")
-    haystack = tasks.Haystack(read_text(args.data) if args.data else model_writes(model, text, 8192, args.seed + 1))
+    prose = read_text(args.data) if args.data else model_writes(model, text, 8192, args.seed + 1)
+    haystack = make_haystack(prose, args)
     documents = [tasks.make("facts", haystack, args.seq_len, text.tokenizer.encode, rng)[0] for _ in range(32)]
     count = sum(len(d.questions) for d in documents)
     print(f"facts recalled, {count} questions in documents of {args.seq_len:,} tokens (W = {gates.window})")
@@ -165,6 +174,7 @@ def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     model_options(parser)
     parser.add_argument("--data", metavar="FILE_OR_FOLDER", help="text to train on, instead of what the model writes")
+    parser.add_argument("--tasks", action="store_true", help="hide facts, lists, classes and passages in that text")
     parser.add_argument("--out", default="gates.safetensors")
     parser.add_argument("--lam", type=float, default=0.16, help="lambda: larger admits less")
     parser.add_argument("--window", type=int, default=128)

@@ -24,6 +24,7 @@ is a matter of rows, and a batch is more rows.
 
     python wgkv.py        prints the pattern of a 16-token prompt, and ring and pages after each of its steps
 """
+import contextlib
 import copy
 import hashlib
 import math
@@ -125,6 +126,9 @@ class Gates(nn.Module):
             os.replace(part, path)
         except Exception as e:                                  # safetensors raises its own kinds for a full disk
             raise UserError(f"{path} cannot be written: {e}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
     @classmethod
     def load(cls, path, model):
@@ -141,6 +145,8 @@ class Gates(nn.Module):
         try:
             saved = tuple(int(meta[key]) for key in ("layers", "kv_heads", "head_dim"))
             settings = dict(window=int(meta["window"]), tau=float(meta["tau"]), expansion=float(meta["expansion"]))
+            if not (settings["window"] >= 1 and 0 <= settings["tau"] <= 1 and settings["expansion"] > 0):
+                raise ValueError(f"window, tau or expansion out of range in {settings}")
         except (KeyError, ValueError) as e:
             raise UserError(f"{path}: its metadata is broken: {e}") from None
         refuse_misfit(path, meta.get("model", "?"), saved, model)
@@ -273,7 +279,7 @@ class Cache:
     `layers` is a dict of tensors, and these with `seen` are the whole state.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch=1):
         c = model.config
         self.L, self.Hkv, self.D, self.B = c.num_layers, c.num_kv_heads, c.head_dim, batch
         self.device, self.dtype = model.device, model.dtype
@@ -306,6 +312,7 @@ class Cache:
                                       for name, t in layer.items()}}
 
     def restore(self, state):
+        assert state["seen"].shape == self.seen.shape and f"layers.{self.L}.count" not in state, "another cache's state"
         self.seen = state["seen"].to(self.device, copy=True)
         self.layers = [{name: state[f"layers.{i}.{name}"].to(self.device, copy=True) for name in layer}
                        for i, layer in enumerate(self.layers)]
@@ -392,10 +399,12 @@ class DualCache(Cache):
             self.seen[b] = 0
             for layer in self.layers:
                 layer["ring_g"][b] = -math.inf
+                layer["ring_k"][b], layer["ring_v"][b] = 0, 0      # a place that is not seen has weight 0, and 0 times
                 for row in range(b * self.Hkv, (b + 1) * self.Hkv):
-                    pages = layer["table"][row, :pages_for(int(layer["count"][row]))]
+                    pages = layer["table"][row, :pages_for(int(layer["count"][row]))].long()
+                    layer["page_k"][pages], layer["page_v"][pages] = 0, 0      # a NaN that was left there is NaN
                     top = int(layer["free_count"])
-                    layer["free"][top:top + len(pages)] = pages.long()
+                    layer["free"][top:top + len(pages)] = pages
                     layer["free_count"] += len(pages)
                     layer["count"][row] = 0
 
