@@ -1,13 +1,13 @@
 """Every number that the README states: predicted, then measured.
 
     python bench.py                    prefill and decode with the bundled model, gated beside dense (some minutes)
-    python bench.py quality            what the bundled model still knows under each policy, at 4,096 tokens (an hour)
-    python bench.py plot               draws the pictures in assets/ again from the figures there (needs matplotlib)
+    python bench.py quality            what the bundled model still knows under each policy, at 4,096 tokens (long)
 
 Both sides of a comparison run in turn in one process; times are medians, with the spread beside them, and the ratio is
 what counts. Dense prefill is torch's own scaled_dot_product_attention; dense decode is our dense cache and, where it is
 installed, transformers with the same weights. Figures go to assets/*.json with command, commit and machine.
 """
+import copy
 import json
 import platform
 import random
@@ -25,8 +25,6 @@ from generate import write_whole
 from model import UserError, say
 from tiny import tasks
 from wgkv import DenseCache, DualCache, RandomAdmission
-
-ASSETS = HERE / "assets"
 
 
 def machine(device):
@@ -166,16 +164,15 @@ def transformers_stepper(theirs, ids, steps):
 
     @torch.no_grad()
     def side():
-        token, times, last = first, [], clock(theirs.device)
-        for _ in range(steps):
-            out = theirs(token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        branch, token, times, last = copy.deepcopy(cache), first, [], clock(theirs.device)
+        for _ in range(steps + 1):
+            out = theirs(token[:, None], past_key_values=branch, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(dim=-1)
             token.tolist()                                               # a streamed token is read by the host
             now = clock(theirs.device)
             times.append(now - last)
             last = now
-        cache.crop(len(ids))
-        return median(times)
+        return median(times[1:])
     return side
 
 
@@ -265,7 +262,7 @@ def main(argv=None):
     parser.add_argument("--data", help="quality: the haystack, a text the model was not trained on")
     parser.add_argument("--length", type=int, default=4096, help="quality: tokens a document")
     parser.add_argument("--cases", type=int, default=500, help="quality: questions a task")
-    parser.add_argument("--json", metavar="FILE", help="where the figures go (assets/NAME.json for bare names)")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go, such as assets/cpu.json")
     args = parser.parse_args(argv)
     if args.what == "quality" and not args.data:
         raise UserError("quality needs --data, a text for the haystack that the model was not trained on")
@@ -280,6 +277,7 @@ def main(argv=None):
             results[name] = bench(model, args)
     if args.json:
         write_whole(args.json, json.dumps(dict(about, **results), indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,24 +64,28 @@ def make_haystack(prose, args):
 
 
 def batches(args, model, text):
-    """Yields (B, T) ids and lengths (B), args.steps times: stretches of the text given, or documents made here."""
+    """An iterator over (ids (B, T), lengths (B) or None): stretches of the text given, or documents made here."""
     rng, rows = random.Random(args.seed), max(1, args.tokens_per_step // args.seq_len)
     if args.data and not args.tasks:
         ids = text.encode(read_text(args.data), begin=False)
         body = args.seq_len - len(text.begin)
         if len(ids) < body:
             raise UserError(f"--data {args.data}: {len(ids):,} tokens, fewer than the {body:,} that --seq-len asks for")
-        for _ in range(args.steps):
+
+        def draw():
             starts = [rng.randrange(len(ids) - body + 1) for _ in range(rows)]
-            yield torch.tensor([text.begin + ids[s:s + body] for s in starts]), None
-        return
-    prose = read_text(args.data) if args.data else model_writes(model, text, args.haystack_tokens, args.seed)
-    haystack = make_haystack(prose, args)
-    for _ in range(args.steps):
-        documents = [tasks.make(tasks.pick(rng), haystack, args.seq_len, text.tokenizer.encode, rng)[1]
-                     for _ in range(rows)]
-        lengths = torch.tensor([len(d) for d in documents])
-        yield torch.tensor([d + [0] * (int(lengths.max()) - len(d)) for d in documents]), lengths
+            return torch.tensor([text.begin + ids[s:s + body] for s in starts]), None
+    else:
+        prose = read_text(args.data) if args.data else model_writes(model, text, args.haystack_tokens, args.seed)
+        haystack = make_haystack(prose, args)
+
+        def draw():
+            documents = [tasks.make(tasks.pick(rng), haystack, args.seq_len, text.tokenizer.encode, rng)[1]
+                         for _ in range(rows)]
+            lengths = torch.tensor([len(d) for d in documents])
+            return torch.tensor([d + [0] * (int(lengths.max()) - len(d)) for d in documents]), lengths
+
+    return (draw() for _ in range(args.steps))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
