@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import train
 from generate import HERE, Parser, Text, clock, decode, load_model, make_admission, model_options, prefill, run_program
@@ -77,21 +78,17 @@ def bench_prefill(model, args):
     rows = []
     for tokens in args.tokens:
         ids = prompt_of(tokens, args)
-        caches = {}
+        kept = {}
 
-        def run(make):
-            caches[make] = make()
-            prefill(model, caches[make], [ids], args.chunk if make is gated else tokens)
+        def dense(ids=ids, tokens=tokens):
+            prefill(model, DenseCache(model), [ids], tokens)
 
-        def dense():
-            return DenseCache(model, 1)
+        def gated(ids=ids, kept=kept):
+            kept["kv"] = DualCache(model, admission, tau=args.tau)
+            prefill(model, kept["kv"], [ids], args.chunk)
 
-        def gated():
-            return DualCache(model, admission, 1, tau=args.tau)
-
-        times = in_turn(args.runs if tokens < 16384 else min(args.runs, 3), model.device,
-                        dense=lambda: run(dense), gated=lambda: run(gated))
-        kv = caches[gated]
+        times = in_turn(args.runs if tokens < 16384 else min(args.runs, 3), model.device, dense=dense, gated=gated)
+        kv = kept["kv"]
         admitted = sum(int(c["count"].sum()) for c in kv.layers) / (kv.L * kv.Hkv * max(1, tokens - kv.window))
         ratio = median(times["gated"]) / median(times["dense"])
         bound = operations(model, tokens, admitted, kv.window) / operations(model, tokens)
@@ -115,7 +112,7 @@ def bench_decode(model, args):
     for tokens in args.tokens:
         ids = prompt_of(tokens, args)
         sides = {}
-        for name, kv in (("dense", DenseCache(model, 1)), ("gated", DualCache(model, admission, 1, tau=args.tau))):
+        for name, kv in (("dense", DenseCache(model)), ("gated", DualCache(model, admission, tau=args.tau))):
             sides[name] = stepper(model, kv, prefill(model, kv, [ids], args.chunk), args.steps)
         if theirs:
             sides["transformers"] = transformers_stepper(theirs, ids, args.steps)
@@ -234,9 +231,10 @@ def bench_quality(model, args):
             def make_kv(batch, admission=admission):
                 return DualCache(model, admission, batch, window, args.tau)
         scores, kept = {}, []
-        for task, some in documents.items():
-            scores[task], kept_share = train.evaluate(model, text, make_kv, some)
-            kept.append(kept_share)
+        with tqdm(total=sum(map(len, documents.values())), desc=name, unit=" documents", leave=False) as bar:
+            for task, some in documents.items():
+                scores[task], kept_share = train.evaluate(model, text, make_kv, some, progress=bar.update)
+                kept.append(kept_share)
         bits = bits_per_byte(model, text, make_kv, passages)
         rows.append(dict(policy=name, kept=statistics.mean(kept), bits_per_byte=bits, **scores))
         if name == "gates":                                              # what random has to admit to keep as much

@@ -129,7 +129,7 @@ def train(model, gates, data, args):
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate(model, text, make_kv, documents, batch=8, progress=lambda cases: None):
+def evaluate(model, text, make_kv, documents, batch=8, progress=lambda documents: None):
     """Free greedy answers to the questions of documents: (share that is right, kept share at the end of the bodies).
 
     make_kv(batch) gives an empty cache. Each body is read once, each of its questions goes on from a copy of its cache.
@@ -152,7 +152,7 @@ def evaluate(model, text, make_kv, documents, batch=8, progress=lambda cases: No
             for d, (_, answer), row in zip(group, asked, said):
                 if n < len(d.questions):
                     right, cases = right + tasks.correct(d.task, answer, text.decode(row)), cases + 1
-        progress(cases)
+        progress(len(group))
     return right / cases, kept / dense
 
 
@@ -169,7 +169,8 @@ def final_table(model, text, gates, args):
     for name, make_kv in (("full attention", lambda B: DenseCache(model, B)),
                           ("gated", lambda B: DualCache(model, gates, B)),
                           ("window only", lambda B: DualCache(model, RandomAdmission(0.0), B, gates.window))):
-        recalls[name], kept = evaluate(model, text, make_kv, documents)
+        with tqdm(total=len(documents), desc=name, unit=" documents", delay=1, leave=False) as bar:
+            recalls[name], kept = evaluate(model, text, make_kv, documents, progress=bar.update)
         print(f"{name:14}{kept:8.1%}{recalls[name]:9.1%}", flush=True)
     return recalls
 

@@ -350,9 +350,11 @@ class DenseCache(Cache):
         gqa = q.shape[1] != self.Hkv
         if T == self.stop:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
-        if T == 1 and min(self.start) == max(self.start):
-            return F.scaled_dot_product_attention(q, keys, values, enable_gqa=gqa)
         out, j = torch.empty_like(q), torch.arange(self.stop, device=q.device)
+        if T == 1:                                     # the G queries of a row see the same keys
+            mask = None if min(self.start) == max(self.start) else j <= self.positions[:, None, :, None]
+            grouped = q.view(self.B, self.Hkv, -1, self.D)
+            return F.scaled_dot_product_attention(grouped, keys, values, mask).view(q.shape)
         for t0 in range(0, T, 256):
             mask = j <= self.positions[:, None, t0:t0 + 256, None]
             out[:, :, t0:t0 + 256] = F.scaled_dot_product_attention(q[:, :, t0:t0 + 256], keys, values, mask,
