@@ -267,7 +267,7 @@ def main(argv=None):
     if min(args.tokens) < 2 or min(args.runs, args.steps, args.cases) < 1:
         raise UserError("--tokens should be at least 2; --runs, --steps and --cases at least 1")
     model = load_model(args)
-    about = dict(machine(model.device), model=args.model, date=time.strftime("%Y-%m-%d"))
+    about = dict(machine(model.device), model=model.name, date=time.strftime("%Y-%m-%d"))
     say(f"{about['machine']}, torch {about['torch']}, {model.name} in {str(model.dtype)[6:]}")
     results = {}
     for name, bench in (("prefill", bench_prefill), ("decode", bench_decode), ("quality", bench_quality)):
