@@ -1,4 +1,4 @@
-"""Every number that the README states: predicted, then measured.
+"""The README's figures of speed and quality. (Those of a single run of generate.py or train.py are what these print.)
 
     python bench.py                    prefill and decode with the bundled model, gated beside dense (some minutes)
     python bench.py quality            what the bundled model still knows under each policy, at 4,096 tokens (long)
@@ -37,7 +37,7 @@ def machine(device):
         names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")
                  ] if cpu.exists() else []
         name = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
     return dict(machine=name, torch=torch.__version__, command=" ".join(["python", "bench.py", *sys.argv[1:]]),
                 commit=git.stdout.strip() or None)
 

@@ -373,8 +373,8 @@ class DualCache(Cache):
         table (B * Hkv, M) int32, count (B * Hkv) int64           a row's pages in order, and its admitted tokens
         free (N) int64, free_count (1) int64                      a stack of the pages nobody holds
 
-    The token number n of a row is at place n mod P of page table[row, n // P]. Page 0 is nobody's: where a batch
-    writes for every row and some rows have nothing to write, they write there.
+    The token number n of a row is at place n mod P of page table[row, n // P]. Page 0 is nobody's: it is
+    what the places of the table that no row has reached yet point to.
     """
 
     def __init__(self, model, admission, batch=1, window=None, tau=None):

@@ -1,13 +1,12 @@
 """How the bundled model was made: tokenizer, curriculum, weights, in one command.
 
-    python tiny/make.py --text FOLDER_OF_BOOKS                         # about ten minutes on a large GPU
+    python tiny/make.py --text FOLDER_OF_BOOKS                         # meant for a GPU; not run there yet
     python tiny/make.py --text FOLDER_OF_BOOKS --stages 256:600:back,256:1100,1024:450,4096:150 \\
-        --tokens-per-step 8192 --compile                               # two CPU cores and two hours: a stopgap
+        --tokens-per-step 8192 --compile                               # two CPU cores: a stopgap
 
-Retrieval has to be learnt short first: trained at 4,096 tokens from the start it never appears, at 256 it does within
-a thousand steps and then stretches. So the curriculum is a list of stages, each a length and a number of steps, the
-first with more to look back for. Gates come afterwards, from train.py. README.md in this folder says what was run for
-the weights in it, and what they reach.
+Retrieval is learnt short first and then stretched: the curriculum is a list of stages, each a length and a number of
+steps, the first with more to look back for. Gates come afterwards, from train.py. README.md in this folder says what
+was run for the weights in it, what they reach, and what was not tried.
 """
 import argparse
 import json
