@@ -150,6 +150,9 @@ def prefill(model, kv, prompts, chunk=4096, progress=lambda tokens: None):
     return last
 
 
+LAG = 3                # steps that a GPU may be ahead of the text that is shown
+
+
 @torch.no_grad()
 def decode(model, kv, hidden, steps, end=(), choose=None):
     """Write up to `steps` tokens from the hidden state (B, hidden_size) of the last token read.
@@ -157,16 +160,58 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     Yields, token by token, a list of B ids; None for a sequence whose end token (one of `end`) was given before. The
     last ids given are not in the cache: a further turn begins with them. choose: logits (B, vocab) -> ids (B), else
     the greedy choice.
+
+    On a GPU the host runs a few steps ahead of what it reads, so that the card never waits for it. Which sequences have
+    ended is therefore decided there: `alive` falls with an end token, and a sequence that is not alive writes nothing.
     """
-    done = torch.zeros(len(hidden), dtype=torch.bool)
-    for step in range(steps):
-        ids = (choose or greedy)(model.logits(hidden)).cpu()
-        yield [None if over else token for token, over in zip(ids.tolist(), done.tolist())]
-        done |= torch.tensor([token in end for token in ids.tolist()])
-        if done.all() or step == steps - 1:
-            return
-        alive = None if not done.any() else (~done).long().to(model.device)
-        hidden = model(ids[:, None].to(model.device), kv, alive)[:, 0]
+    device, choose_one = model.device, choose or greedy
+    ends = torch.tensor(sorted(end), device=device, dtype=torch.long)
+    logits = model.logits(hidden)
+    token = choose_one(logits)
+    alive, done = (token[:, None] != ends).all(dim=1), [False] * len(token)
+
+    def read():
+        lengths = None if device.type == "cpu" and alive.all() else alive.long()
+        logits.copy_(model.logits(model(token[:, None], kv, lengths)[:, 0]))
+        if choose is None:
+            write()
+
+    def write():
+        token.copy_(choose_one(logits))
+        alive.logical_and_((token[:, None] != ends).all(dim=1))
+
+    graph, shown, taken = None, [to_host(token)], 0
+    if device.type == "cuda":
+        kv.prepare(steps)
+    try:
+        while shown or taken < steps - 1:
+            while taken < steps - 1 and len(shown) <= (LAG if device.type == "cuda" else 0):
+                if device.type == "cuda" and taken == 1 and steps > 8:       # the first step was the warm-up
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        read()
+                graph.replay() if graph else read()
+                if choose is not None:
+                    write()
+                shown.append(to_host(token))
+                taken += 1
+            ids = shown.pop(0)()
+            yield [None if over else i for i, over in zip(ids, done)]
+            done = [over or i in end for i, over in zip(ids, done)]
+            if all(done):
+                return
+    finally:
+        kv.ready = 0                                                 # what is left of the reserve is counted anew
+
+
+def to_host(ids):
+    """A copy of ids on its way to the host: call what is returned to wait for it and have the list."""
+    if ids.device.type == "cpu":
+        return ids.tolist
+    copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: (event.synchronize(), copy.tolist())[1]
 
 
 def greedy(logits):

@@ -214,6 +214,24 @@ class CausalAttention:
         pass
 
 
+def add_norm(x, y, norm):
+    """x + y (or x, if y is None) and its norm. On a GPU and without gradients in one kernel, which writes over x."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        import kernels
+        return kernels.add_norm(x, y, norm)
+    x = x if y is None else x + y
+    return x, norm(x)
+
+
+def silu_product(x):
+    """SiLU(gate) * up for x = [gate ; up] along the last dimension."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        import kernels
+        return kernels.silu_product(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -230,15 +248,16 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
-    def forward(self, x, kv, layer, cos, sin):
+    def forward(self, x, y, kv, layer, cos, sin):
+        """The residual stream x (B, T, hidden_size) and what the layer before adds to it, y or None -> the same."""
         B, T, _ = x.shape
         Hq, Hkv, D = self.heads
-        qkv = self.qkv(self.attn_norm(x)).view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)
+        x, y = add_norm(x, y, self.attn_norm)
+        qkv = self.qkv(y).view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)
         q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                                  # (B, Hq or Hkv, T, D)
         y = kv.attend(layer, self.q_norm(q), self.k_norm(k), v, cos, sin)           # (B, Hq, T, D)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, Hq * D))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        x, y = add_norm(x, self.out(y.transpose(1, 2).reshape(B, T, Hq * D)), self.mlp_norm)
+        return x, self.down(silu_product(self.gate_up(y)))
 
 
 class Llama(nn.Module):
@@ -263,14 +282,14 @@ class Llama(nn.Module):
         """
         kv = kv if kv is not None else CausalAttention(tokens.device)
         cos, sin = self.rope(kv.begin(tokens.shape[1], lengths))
-        x = self.embed(tokens)
+        x, y = self.embed(tokens), None
         for i, layer in enumerate(self.layers):
             if checkpoint:
-                x = torch.utils.checkpoint.checkpoint(layer, x, kv, i, cos, sin, use_reentrant=False)
+                x, y = torch.utils.checkpoint.checkpoint(layer, x, y, kv, i, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, kv, i, cos, sin)
+                x, y = layer(x, y, kv, i, cos, sin)
         kv.end()
-        return self.norm(x)
+        return add_norm(x, y, self.norm)[1]
 
     def rope(self, positions):
         """cos, sin (B, 1, T, D) fp32 for positions (B, T)."""

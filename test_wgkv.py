@@ -64,7 +64,7 @@ class Definition:
         self.admission, self.seen = admission, torch.zeros(batch, dtype=torch.long)
 
     def begin(self, T, lengths=None):
-        self.positions = torch.arange(T).expand(len(self.seen), T)
+        self.positions = torch.arange(T, device=self.seen.device).expand(len(self.seen), T)
         return self.positions
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -79,7 +79,7 @@ class Definition:
 def bare(L=2, Hkv=2, D=16):
     """As much of a model as a cache asks for."""
     config = SimpleNamespace(num_layers=L, num_kv_heads=Hkv, head_dim=D)
-    return SimpleNamespace(config=config, device=CPU, dtype=torch.float32)
+    return SimpleNamespace(config=config, device=torch.get_default_device(), dtype=torch.float32)
 
 
 def small_llama(seed=0, **settings):
@@ -104,7 +104,7 @@ def random_qkv(L, B, Hkv, S, G=1, D=16):
 
 
 def angles(positions, D):
-    a = positions[:, None, :, None] * 0.7 ** torch.arange(D)
+    a = positions[:, None, :, None] * 0.7 ** (torch.arange(D) % ((D + 1) // 2))         # a head's halves turn alike
     return a.cos(), a.sin()
 
 
@@ -180,6 +180,13 @@ def refused(call, *words):
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), f"{words} not all in: {e.value}"
 
 
+@pytest.fixture
+def card():
+    """A test that asks for this runs on a GPU, and so through the kernels, if there is one."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+        yield
+
+
 # ------------------------------------------------------------------------------------------------------- the contract
 
 def test_visible():
@@ -191,7 +198,7 @@ def test_visible():
 
 
 @pytest.mark.parametrize("window", (1, 4, 17, 64, 128))
-def test_any_split_equals_the_definition(window):
+def test_any_split_equals_the_definition(window, card):
     """The contract for the cache alone: a wrong slot, count, page or edge of the window, in any split into calls."""
     torch.manual_seed(window)
     rng, shapes = random.Random(window), itertools.cycle([(1, 16), (3, 80), (4, 32), (7, 15), (3, 17)])
@@ -203,11 +210,11 @@ def test_any_split_equals_the_definition(window):
                 what = f"S {S}, rate {rate}, G {G}, D {D}, {plan[:3]}"
                 cache = DualCache(bare(2, 2, D), Replay(g, window))
                 equal(feed(cache, qkv, [[n] for n in plan]), want, what)
-                assert torch.equal(cache.admitted(), g[:, 0] >= TAU), what
+                assert torch.equal(cache.admitted(), (g[:, 0] >= TAU).cpu()), what
 
 
 @pytest.mark.parametrize("S", (255, 256, 257, 513, 1100))
-def test_long_inputs(S):
+def test_long_inputs(S, card):
     """The edges of banded_attention's blocks of 256 queries, alone and behind a prefix, and many pages."""
     torch.manual_seed(S)
     for window, rate in ((4, 0.9), (64, 0.3), (300, 1)):
@@ -219,7 +226,7 @@ def test_long_inputs(S):
 
 
 @pytest.mark.parametrize("n", (P - 1, P, P + 1, 2 * P))
-def test_page_edges(n):
+def test_page_edges(n, card):
     """A page that is just not full, just full, or one token over, filled by one call, by single tokens, by both."""
     torch.manual_seed(n)
     qkv, g = random_qkv(2, 1, 2, n + 9), random_gates(2, 1, 2, n + 9, 0)
@@ -232,7 +239,7 @@ def test_page_edges(n):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_whole_model(rate):
+def test_whole_model(rate, card):
     """The contract end to end: layers that mix, positions that advance twice, a rotation at the wrong position."""
     torch.manual_seed(1000 + int(100 * rate))
     rng, model = random.Random(rate), small_llama()
@@ -248,7 +255,7 @@ def test_whole_model(rate):
         equal(model(tokens[:, S // 3:], cache, torch.tensor([0, S - S // 3]))[1], want[1, S // 3:], "second turn")
 
 
-def test_gates_in_the_model():
+def test_gates_in_the_model(card):
     """Gates that are given the wrong keys; a tau of 0 that is taken for none; a student that is not the cache."""
     torch.manual_seed(13)
     model, gates = small_llama(), random_gate_parameters(3, 2, 16, window=9, tau=0.5)
@@ -258,11 +265,11 @@ def test_gates_in_the_model():
         cache = DualCache(model, gates, 2)
         equal(torch.cat([model(part, cache) for part in tokens.split(plan, 1)], 1), want, f"plan {plan[:3]}")
     assert 0.1 < cache.admitted(1).float().mean() < 0.9 and (cache.window, cache.tau) == (9, 0.5)
-    equal(model(tokens, SoftAttention(gates, CPU, hard=True)), want, "hard student")
+    equal(model(tokens, SoftAttention(gates, tokens.device, hard=True)), want, "hard student")
     equal(model(tokens, DualCache(model, gates, 2, window=3, tau=0)), model(tokens), "tau 0")
 
 
-def test_nothing_unwritten_is_read():
+def test_nothing_unwritten_is_read(card):
     """Memory that holds no token and gets weight: ring slots, pages and places in pages that were never written."""
     torch.manual_seed(6)
     qkv, g = random_qkv(2, 2, 2, 150), random_gates(2, 2, 2, 150, 0.7)
@@ -270,7 +277,7 @@ def test_nothing_unwritten_is_read():
     for poison, plan in itertools.product((1e30, -1e30), plans):
         cache = DualCache(bare(), Replay(g, 32), 2)
         for c in cache.layers:
-            cache.reserve(c, 40, 3)
+            cache.reserve(c, 40, 3, int(c["free_count"]))
             for name in ("ring_k", "ring_v", "page_k", "page_v"):
                 c[name].fill_(poison)              # finite: a masked place is multiplied by a weight of 0
         equal(feed(cache, qkv, plan), want, f"poison {poison}")
@@ -279,7 +286,7 @@ def test_nothing_unwritten_is_read():
 # --------------------------------------------------------------------------------------------------- rows and batches
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_of_a_batch_equals_the_sequence_alone(seed):
+def test_a_row_of_a_batch_equals_the_sequence_alone(seed, card):
     """Rows that mix: padding that is remembered, a neighbour's count or tokens, a pause that advances a sequence."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -299,7 +306,7 @@ def test_a_row_of_a_batch_equals_the_sequence_alone(seed):
         assert torch.equal(cache.admitted(), dual.admitted(b))
 
 
-def test_a_finished_sequence_rests():
+def test_a_finished_sequence_rests(card):
     """A replayed decode step that writes for a finished sequence: its second turn must find everything as it was."""
     torch.manual_seed(3)
     qkv, g = random_qkv(2, 3, 2, 120, 2), random_gates(2, 3, 2, 120, 0.6)
@@ -317,7 +324,7 @@ def test_a_finished_sequence_rests():
 # ------------------------------------------------------------------------------------------- clone, state, reset, pages
 
 @pytest.mark.parametrize("kind", ("dual", "dense"))
-def test_clone_and_state(kind, tmp_path):
+def test_clone_and_state(kind, tmp_path, card):
     """A clone that shares memory with its original, in either direction; a state that forgets something."""
     torch.manual_seed(4)
     one, two, g = random_qkv(2, 2, 2, 180), random_qkv(2, 2, 2, 180), random_gates(2, 2, 2, 180, 0.6)
@@ -335,7 +342,7 @@ def test_clone_and_state(kind, tmp_path):
             equal(feed(caches[i], inputs[i], [[step, step]]), wants[i], f"cache {i}, step {step}")
 
 
-def test_pages_come_back():
+def test_pages_come_back(card):
     """A reset that loses pages, or gives them back twice: after it the same input needs no new memory."""
     torch.manual_seed(5)
     qkv, g = random_qkv(2, 3, 2, 400), random_gates(2, 3, 2, 400, 0.8)
@@ -353,7 +360,7 @@ def test_pages_come_back():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_operations(seed):
+def test_mixed_operations(seed, card):
     """A page that two rows hold, or none, after feeding, resets, clones and restores in any order."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -379,7 +386,7 @@ def test_mixed_operations(seed):
 
 # -------------------------------------------------------------------------------------------------------- dense, bytes
 
-def test_dense_cache():
+def test_dense_cache(card):
     """The baseline itself: in any split it equals plain causal attention, and so does a dual cache of everything."""
     torch.manual_seed(7)
     rng, model = random.Random(7), small_llama(7)
@@ -393,7 +400,7 @@ def test_dense_cache():
     equal(model(tokens[:, :9], cache), model(tokens[:, :9]), "after reset")
 
 
-def test_bytes_and_positions():
+def test_bytes_and_positions(card):
     """A count of bytes that misses something or counts a page twice; a page that holds other tokens, or disorder."""
     torch.manual_seed(8)
     S, W, D = (500, 260), 32, 24
@@ -415,7 +422,7 @@ def test_bytes_and_positions():
 
 
 @pytest.mark.parametrize("rate", (0.1, 0.5, 1))
-def test_reserved_stays_near_used(rate):
+def test_reserved_stays_near_used(rate, card):
     """A pool that doubles: after a long prefill in chunks, reserved memory is not far above what is in use."""
     S, chunk, slot = 6000, 500, 2 * (8 * 4 * 2 + 4)                    # a slot: the bytes of a token in both heads
     cache, qkv = DualCache(bare(1, 2, 8), RandomAdmission(rate), window=64), random_qkv(1, 1, 2, S, 1, 8)
@@ -701,13 +708,131 @@ def test_kernels_equal_their_references(B, Hkv, G, W, D, calls, share, monkeypat
         want = cache.attend(0, q, k, v, torch.ones(1, device=device), torch.zeros(1, device=device))
         cache.end()
         c = cache.layers[0]
-        tickets = torch.zeros(B * Hkv, dtype=torch.int32, device=device)
         for programs in (1, 3, 16) if T == 1 else ():
             got = kernels.decode_attention(q, c["ring_k"], c["ring_v"], c["ring_g"], *unused_is_nan(c), c["table"],
-                                           c["count"], tickets, programs)
+                                           c["count"], programs)
             compared.append((got - want).abs().max().item())
-            assert not tickets.any()
+            assert not kernels.tickets(q.device, 1).any()
     assert len(compared) >= len(calls) and max(compared) < 1e-5, compared
+
+
+@pytest.mark.parametrize("window, G, D, rate", [(1, 1, 16, 0.5), (17, 3, 24, 0.3), (64, 4, 16, 0.9)])
+def test_the_caches_through_the_kernels(window, G, D, rate, monkeypatch):
+    """The contract with every operation in Triton: unequal lengths, single tokens, a clone, and a pause."""
+    import kernels
+    monkeypatch.setattr(wgkv, "triton_kernels", lambda device, D: kernels)
+    torch.manual_seed(window)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+        qkv, g = random_qkv(1, 2, 2, 140, G, D), random_gates(1, 2, 2, 140, rate).to(torch.get_default_device())
+        want, full = expected(qkv, g, window), expected(qkv, torch.ones_like(g), window)
+        for plan in ([[70, 66], [1, 1], [1, 0], [1, 1], [67, 7]], [[1, 1]] * (window + 2) + [[138 - window, 0]]):
+            dual, dense = DualCache(bare(1, 2, D), Replay(g, window), 2), DenseCache(bare(1, 2, D), 2)
+            equal(feed(dual, qkv, plan[:3]), want)
+            equal(feed(dense, qkv, plan), full, "dense")
+            branch = dual.clone()
+            equal(feed(dual, qkv, plan[3:]), want)
+            equal(feed(branch, qkv, plan[3:]), want, "clone")
+            check_pages(dual)
+            assert torch.equal(dual.admitted(0), g[:, 0, :, :int(dual.seen[0])].cpu() >= TAU)
+
+
+@torch.no_grad()
+def test_the_small_kernels_equal_their_references(monkeypatch):
+    """Gates with odd numbers of hidden units and of tokens, shared out or not; rotation, norms and products."""
+    import kernels
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        for B, Hkv, T, D, expansion in ((1, 2, 1, 16, 4), (3, 2, 1, 24, 2.3), (2, 3, 41, 80, 0.6), (1, 1, 70, 32, 4)):
+            torch.manual_seed(T)
+            gate = wgkv.Gate(Hkv, D, expansion)
+            gate.pre_norm.data, gate.post_norm.data = torch.rand(2, D) + 0.5
+            gate.w2.data *= 20
+            qkv = torch.randn(B, T, Hkv * 4, D).transpose(1, 2)
+            q, k = qkv[:, :Hkv * 3], qkv[:, Hkv * 3:]
+            cos, sin = angles(torch.arange(T) + torch.arange(B)[:, None], D)
+            turned = kernels.rotate(q, k, cos, sin)
+            equal(turned[0], rotate(q, cos, sin))
+            equal(turned[1], rotate(k, cos, sin))
+            with torch.enable_grad():                                  # the reference: kernels are not for training
+                want = gate(k, turned[1])
+            for _ in range(2):                                         # tickets are zero again
+                equal(kernels.gate(gate, k, turned[1]), want, f"gate {B, T, D, expansion}")
+            assert want.std() > 0.05
+            norm, x, y = torch.nn.RMSNorm(D, eps=1e-2), torch.randn(B, T, D), torch.randn(B, T, D)
+            norm.weight.data = torch.rand(D)
+            equal(kernels.silu_product(qkv := torch.randn(T, 2 * D)), F.silu(qkv[:, :D]) * qkv[:, D:])
+            equal(kernels.add_norm(x.clone(), None, norm)[1], norm(x))
+            for got, want in zip(kernels.add_norm(x.clone(), y, norm), (x + y, norm(x + y))):
+                equal(got, want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("D, G, W", [(128, 4, 100), (128, 7, 1), (64, 1, 64), (64, 8, 256), (80, 3, 17), (256, 2, 33),
+                                     (16, 4, 128)])
+def test_half_precision_on_the_card(D, G, W, dtype, card):
+    """A product or a sum that loses more than half precision must: torch's own attention, both against fp64."""
+    import kernels
+    torch.manual_seed(D + G)
+    B, Hkv, calls = 2, 2, [300, 413, 1, 1, 130, 1]
+    S, errors = sum(calls), []
+    model = SimpleNamespace(config=SimpleNamespace(num_layers=1, num_kv_heads=Hkv, head_dim=D), dtype=dtype,
+                            device=torch.device("cuda"))
+    q, k, v = (torch.randn(B, heads, S, D, dtype=dtype) for heads in (Hkv * G, Hkv, Hkv))
+    g = (torch.rand(1, B, Hkv, S) < torch.tensor([0.9, 0.2])[:, None]).float()
+    mask = visible_mask(g[0], W, TAU)
+    want = dense_attention(q.double(), k.double(), v.double(), mask)
+    wide_k, wide_v, wide_mask = (x.repeat_interleave(G, dim=1) for x in (k, v, mask))
+    theirs = F.scaled_dot_product_attention(q, wide_k, wide_v, wide_mask) - want
+    for plain in (False, True):
+        cache, at, got = DualCache(model, Replay(g, W), B), 0, torch.full_like(q, math.nan)
+        cache.kernels = SimpleNamespace(**vars(kernels))
+        cache.kernels.prefill_attention = lambda *args: kernels.prefill_attention(*args, plain=plain)
+        for T in calls:
+            del [torch.full_like(q[:, :, :T], math.nan) for _ in range(4)][:]      # so that fresh memory is poisoned
+            cache.begin(T)
+            ones, zeros = torch.ones(1, 1, T, D), torch.zeros(1, 1, T, D)
+            got[:, :, at:at + T] = cache.attend(0, *(x[:, :, at:at + T] for x in (q, k, v)), ones, zeros)
+            cache.end()
+            at += T
+        ours = got - want
+        errors.append([(ours.abs().max() / theirs.abs().max()).item(),
+                       (ours.square().mean() / theirs.square().mean()).sqrt().item()])
+    assert max(map(max, errors)) <= 1.5, f"max and rms error over torch's: {errors}"
+
+
+@pytest.mark.parametrize("kind", ("dual", "dense"))
+def test_running_ahead_changes_nothing(kind, card):
+    """Decoding in a captured graph, some steps ahead of the reader: what is written, and what a second turn finds."""
+    model = small_llama(3, num_layers=2, vocab_size=400, tied=False)
+    torch.manual_seed(3)
+    prompts = [torch.randint(50, (n,)).tolist() for n in (90, 40, 61)]
+
+    def start():
+        kv = DualCache(model, RandomAdmission(0.5), 3, 17) if kind == "dual" else DenseCache(model, 3)
+        return kv, generate.prefill(model, kv, prompts, 32)
+
+    kv, hidden = start()
+    step_by_step, alive = [], torch.ones(3, dtype=torch.long)
+    ids = model.logits(hidden).argmax(-1)
+    for _ in range(80):
+        step_by_step.append(ids.tolist())
+        ids = model.logits(model(ids[:, None], kv, alive)[:, 0]).argmax(-1)
+    columns, early = list(zip(*step_by_step)), set(sum(step_by_step[:3], []))
+    end = {max(set(column) - early, key=column.index, default=-1) for column in columns[:2]}   # the latest new token
+    want, done = [], [False] * 3
+    for ids in step_by_step:
+        want.append([None if over else i for over, i in zip(done, ids)])
+        done = [over or i in end for over, i in zip(done, ids)]
+        if all(done):
+            break
+    kv, hidden = start()
+    assert list(generate.decode(model, kv, hidden, 80, end)) == want and any(None in ids for ids in want)
+    said = [[i for i in column if i is not None] for column in zip(*want)]
+    assert kv.seen.tolist() == [len(p) + len(s) - 1 for p, s in zip(prompts, said)]
+    again = start()[0]
+    generate.prefill(model, again, [s[:-1] for s in said], 1)              # the same tokens, one at a time
+    for more in ([[5, 6, 7]] * 3, [[8]] * 3):
+        equal(generate.prefill(model, kv, more), generate.prefill(model, again, more))
 
 
 # ------------------------------------------------------------------------------------------- parity with transformers

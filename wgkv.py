@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from model import UserError, open_tensors, rotate, say
 
@@ -90,6 +91,9 @@ class Gate(nn.Module):
     def forward(self, k, k_rotated):
         """k, k_rotated (B, Hkv, T, D), before and after RoPE -> g (B, Hkv, T) fp32."""
         B, Hkv, T, D = k.shape
+        kernels = triton_kernels(k.device, D)
+        if kernels and not torch.is_grad_enabled():
+            return kernels.gate(self, k, k_rotated)
         x = F.rms_norm(torch.stack((k, k_rotated), dim=-2).float(), (D,), None, 1e-6)    # (B, Hkv, T, 2, D)
         x = x * torch.stack((self.pre_norm, self.post_norm))
         x = x.transpose(0, 1).reshape(Hkv, B * T, 2 * D)
@@ -272,6 +276,14 @@ def banded_attention(q, k, v, g, old_k, old_v, old_count, window, tau, block=256
 
 # ------------------------------------------------------------------------------------------------------------ caches
 
+def triton_kernels(device, D):
+    """kernels.py where a CUDA device runs it, else None: everything here works without, and means the same."""
+    if device.type != "cuda" or D % 8:
+        return None
+    import kernels
+    return kernels
+
+
 class Cache:
     """What both caches share: lengths, the state of their layers, and how many bytes a dense cache would hold.
 
@@ -283,6 +295,7 @@ class Cache:
         c = model.config
         self.L, self.Hkv, self.D, self.B = c.num_layers, c.num_kv_heads, c.head_dim, batch
         self.device, self.dtype = model.device, model.dtype
+        self.kernels, self.ready = triton_kernels(self.device, self.D), 0
         self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.layers = [self.new_layer() for _ in range(self.L)]
 
@@ -293,7 +306,7 @@ class Cache:
         return self.positions
 
     def end(self):
-        self.seen = self.seen + self.new
+        self.seen += self.new                          # in place: a captured step finds it where it was
 
     def dense_bytes(self):
         """What a dense cache holds for the tokens seen: K and V, every layer and head."""
@@ -327,22 +340,48 @@ class DenseCache(Cache):
 
     def reset(self):
         """Forget everything."""
-        self.seen = torch.zeros_like(self.seen)
+        self.seen, self.ready = torch.zeros_like(self.seen), 0
         self.layers = [self.new_layer() for _ in range(self.L)]
+
+    def prepare(self, steps):
+        """Make room for `steps` single-token calls, so that none of them has to ask the device for its lengths."""
+        self.start = self.seen.tolist()
+        for cache in self.layers:
+            self.grow(cache, max(self.start) + steps)
+        rows, pages = self.B * self.Hkv, self.layers[0]["k"].shape[2] // P
+        self.table = torch.arange(rows * pages, device=self.device, dtype=torch.int32).view(rows, pages)
+        self.ready = steps
+
+    def grow(self, cache, tokens):
+        """Room for so many tokens a row, in whole pages, and a quarter more than was there."""
+        have = cache["k"].shape[2]
+        if have < tokens:
+            room = pages_for(max(tokens, have + have // 4)) * P
+            for name in ("k", "v"):
+                cache[name] = F.pad(cache[name], (0, 0, 0, room - have))
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
-        self.start = self.seen.tolist()
-        self.stop = max(self.start) + T
+        if T == 1 and self.kernels:
+            if not self.ready:
+                self.prepare(64)
+            self.ready -= 1
+            self.counts = (self.seen + self.new).repeat_interleave(self.Hkv)
+        else:
+            self.start, self.ready = self.seen.tolist(), 0
+            self.stop = max(self.start) + T
         return positions
 
     def attend(self, layer, q, k, v, cos, sin):
-        q, k, cache = rotate(q, cos, sin), rotate(k, cos, sin), self.layers[layer]
-        T = q.shape[2]
-        if cache["k"].shape[2] < self.stop:
-            extra = max(self.stop, self.stop - T + self.stop // 4) - cache["k"].shape[2]
-            for name in ("k", "v"):
-                cache[name] = F.pad(cache[name], (0, 0, 0, extra))
+        cache, T = self.layers[layer], q.shape[2]
+        if self.kernels:
+            q, k = self.kernels.rotate(q, k, cos, sin)
+        else:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if T == 1 and self.kernels:                    # a page table that is the identity: the dual cache's own kernel
+            self.kernels.append(cache, k, v, self.seen, self.new)
+            return self.kernels.decode_attention(q, None, None, None, cache["k"], cache["v"], self.table, self.counts)
+        self.grow(cache, self.stop)
         b = torch.arange(self.B, device=self.device)[:, None]
         for name, new in (("k", k), ("v", v)):         # padding is written too, and overwritten before it can be seen
             cache[name][b, :, self.positions] = new.transpose(1, 2)
@@ -350,11 +389,13 @@ class DenseCache(Cache):
         gqa = q.shape[1] != self.Hkv
         if T == self.stop:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
+        if self.kernels and T > 1 and min(self.start) == max(self.start):
+            return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(T, self.stop), enable_gqa=gqa)
         out, j = torch.empty_like(q), torch.arange(self.stop, device=q.device)
         if T == 1:                                     # the G queries of a row see the same keys
             mask = None if min(self.start) == max(self.start) else j <= self.positions[:, None, :, None]
             grouped = q.view(self.B, self.Hkv, -1, self.D)
-            return F.scaled_dot_product_attention(grouped, keys, values, mask).view(q.shape)
+            return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(q.shape)
         for t0 in range(0, T, 256):
             mask = j <= self.positions[:, None, t0:t0 + 256, None]
             out[:, :, t0:t0 + 256] = F.scaled_dot_product_attention(q[:, :, t0:t0 + 256], keys, values, mask,
@@ -412,18 +453,36 @@ class DualCache(Cache):
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
-        self.slot = self.seen % self.window                                 # (B): where a single new token goes
-        self.alive = torch.arange(self.B, device=self.device)
-        if lengths is not None:
-            self.alive = self.new.nonzero()[:, 0]
+        if T == 1 and self.kernels:
+            if not self.ready:
+                self.prepare(P)
+            self.ready -= 1
+        else:
+            self.ready = 0
+            self.slot = self.seen % self.window                             # (B): where a single new token goes
+            self.alive = torch.arange(self.B, device=self.device)
+            if lengths is not None:
+                self.alive = self.new.nonzero()[:, 0]
         return positions
+
+    def prepare(self, steps):
+        """Set pages aside for `steps` single-token calls, so that none of them has to ask the device for lengths."""
+        extra = pages_for(steps) + 1
+        columns = torch.stack([pages_for(c["count"].max()) for c in self.layers]).tolist()
+        free = torch.cat([c["free_count"] for c in self.layers]).tolist()
+        for c, used, free_count in zip(self.layers, columns, free):
+            self.reserve(c, self.B * self.Hkv * extra, used + extra, free_count)
+        self.ready = steps
 
     # A call: gates, then the band (ring unrolled + new tokens), then what leaves the window goes into pages, then
     # attention over pages and band, and last the ring takes the newest W tokens of the band.
 
     def attend(self, layer, q, k, v, cos, sin):
         """q (B, Hq, T, D), k and v (B, Hkv, T, D) unrotated -> attention output (B, Hq, T, D)."""
-        q, k_rotated = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], self.Hkv), dim=1)
+        if self.kernels:
+            q, k_rotated = self.kernels.rotate(q, k, cos, sin)
+        else:
+            q, k_rotated = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], self.Hkv), dim=1)
         g = self.admission.gate(layer, k, k_rotated, self.positions)
         step = self.decode if q.shape[2] == 1 else self.prefill
         return step(self.layers[layer], q, k_rotated, v, g)
@@ -439,42 +498,56 @@ class DualCache(Cache):
         real = torch.arange(T, device=self.device) < self.new[:, None, None]
         leaves = (band_g[:, :, :T] >= self.tau) & real                                     # (B, Hkv, T) bool
         counts = c["count"].view(self.B, self.Hkv, 1) + leaves.cumsum(-1)
-        positions = (self.positions[:, None] - W).expand_as(leaves)
-        self.promote(c, leaves, counts, band_k[:, :, :T], band_v[:, :, :T], positions)
-        old_k, old_v = ([[self.row(c, name, b, h) for h in range(self.Hkv)] for b in range(self.B)]
-                        for name in ("page_k", "page_v"))
-        y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, counts, W, self.tau)
+        self.promote(c, leaves, counts, band_k[:, :, :T], band_v[:, :, :T], self.positions - W)
+        if self.kernels:
+            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, c["page_k"], c["page_v"], c["table"], counts,
+                                               W, self.tau)
+        else:
+            old_k, old_v = ([[self.row(c, name, b, h) for h in range(self.Hkv)] for b in range(self.B)]
+                            for name in ("page_k", "page_v"))
+            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, counts, W, self.tau)
         # Slot s takes the one of the newest W indices (new .. new + W - 1) whose position is s modulo W.
         newest = self.new[:, None] + (torch.arange(W, device=self.device) - (self.seen + self.new)[:, None]) % W
         c["ring_k"], c["ring_v"], c["ring_g"] = (take(x, newest).contiguous() for x in (band_k, band_v, band_g))
         return y
 
     def promote(self, c, leaves, counts, k, v, positions):
-        """Append the tokens where `leaves` (B, Hkv, T); counts (B, Hkv, T): a row's admitted tokens after each."""
+        """Append the tokens where `leaves` (B, Hkv, T); counts (B, Hkv, T): a row's admitted tokens after each.
+
+        k, v (B, Hkv, T, D); positions (B, T).
+        """
         after = counts[:, :, -1].flatten().contiguous()
-        if torch.equal(after, c["count"]):
-            return
         have, need = pages_for(c["count"]), pages_for(after)
         fresh = need - have
-        self.reserve(c, int(fresh.sum()), int(need.max()))
+        numbers = torch.stack((fresh.sum(), need.max(), (after - c["count"]).sum(), c["free_count"][0]))
+        pages, columns, tokens, free_count = numbers.tolist()              # the one time that the host has to wait
+        if not tokens:
+            return
+        self.reserve(c, pages, columns, free_count)
         # Pages come off the top of the stack; which row gets which is a matter of a running sum.
-        row = torch.arange(len(fresh), device=self.device).repeat_interleave(fresh)
+        row = torch.arange(len(fresh), device=self.device).repeat_interleave(fresh, output_size=pages)
         nth = torch.arange(len(row), device=self.device)
         c["table"][row, have[row] + nth - (fresh.cumsum(0) - fresh)[row]] = c["free"][c["free_count"] - 1 - nth].int()
         c["free_count"] -= len(row)
         c["count"] = after
+        if self.kernels:
+            return self.kernels.promote(c, leaves, counts, k, v, positions)
         row, n = leaves.flatten(0, 1).nonzero()[:, 0], counts[leaves] - 1
         at = c["table"][row, n // P].long() * P + n % P
         c["page_k"].view(-1, self.D)[at], c["page_v"].view(-1, self.D)[at] = k[leaves], v[leaves]
-        c["page_pos"].view(-1)[at] = positions[leaves].int()
+        c["page_pos"].view(-1)[at] = positions[:, None].expand_as(leaves)[leaves].int()
 
     def decode(self, c, q, k, v, g):
+        if self.kernels:
+            self.kernels.remember(c, k, v, g, self.seen, self.new, self.tau)
+            return self.kernels.decode_attention(q, c["ring_k"], c["ring_v"], c["ring_g"], c["page_k"], c["page_v"],
+                                                 c["table"], c["count"])
         b, slot = self.alive, self.slot
         leaves = c["ring_g"][torch.arange(self.B, device=self.device), :, slot] >= self.tau             # (B, Hkv)
         leaves = leaves & (self.new > 0)[:, None]
         if leaves.any():
             counts = c["count"].view(self.B, self.Hkv, 1) + leaves[..., None]
-            positions = (self.seen - self.window)[:, None, None].expand(-1, self.Hkv, -1)
+            positions = (self.seen - self.window)[:, None]
             victims = (take(c[ring], slot[:, None]) for ring in ("ring_k", "ring_v"))                   # (B, Hkv, 1, D)
             self.promote(c, leaves[..., None], counts, *victims, positions)
         for ring, new in (("ring_k", k), ("ring_v", v), ("ring_g", g)):
@@ -487,7 +560,7 @@ class DualCache(Cache):
         full = torch.arange(M * P, device=self.device) < c["count"].view(self.B, self.Hkv, 1)
         mask = torch.cat((full, c["ring_g"] > -math.inf), dim=2)[:, :, None]
         grouped = q.view(self.B, self.Hkv, -1, self.D)                     # the G queries of a row see the same keys
-        return F.scaled_dot_product_attention(grouped, keys, values, mask).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(q.shape)
 
     def row(self, c, name, b, h):
         """The admitted tokens of one row, oldest first: (count, ...) out of its pages."""
@@ -495,12 +568,12 @@ class DualCache(Cache):
         count = int(c["count"][row])
         return c[name][c["table"][row, :pages_for(count)].long()].flatten(0, 1)[:count]
 
-    def reserve(self, c, pages, columns):
+    def reserve(self, c, pages, columns, free_count):
         """See that `pages` pages are free and that the table has `columns` columns; grow what is too small.
 
         A pool grows by what is asked for and a tenth of what it holds, so that reserved stays near used.
         """
-        N, free_count = len(c["free"]), int(c["free_count"])
+        N = len(c["free"])
         if free_count < pages:
             extra = pages - free_count + N // 10
             for name in ("page_k", "page_v", "page_pos"):
@@ -525,7 +598,7 @@ class DualCache(Cache):
     def admitted(self, sequence=0):
         """(L, Hkv, S) bool: which of a sequence's tokens are, or on leaving the window would be, in the pages."""
         S = int(self.seen[sequence])
-        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool)
+        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool, device="cpu")
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
         for layer, c in enumerate(self.layers):
             g = c["ring_g"][sequence, :, recent % self.window]
