@@ -98,39 +98,46 @@ def ceilings(device):
         return None
     big = torch.zeros(2 ** 31, device=device, dtype=torch.bfloat16)
     square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    read, matrix = device_times(lambda: big.view(torch.int32).sum()), device_times(lambda: square @ square)
+    read, matrix = device_times(lambda: big.view(torch.float32).sum(), lambda: square @ square)
     return dict(read=big.nbytes / median(read), matrix=2 * 8192 ** 3 / median(matrix))
 
 
-def device_times(run, runs=7, inner=3):
-    """Seconds of run() on a GPU, by its own clock, without what the host takes to start it: out of a graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(inner):
-            run()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 / inner for a, b in zip(events, events[1:])]
+def device_times(*sides, runs=7, inner=3):
+    """Seconds of each side on a GPU, by its own clock and in turn; out of graphs, so without the host's part."""
+    graphs, times = [], [[] for _ in sides]
+    for side in sides:
+        side()
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for _ in range(inner):
+                side()
+    for run in range(runs + 1):
+        for graph, some in zip(graphs, times):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in "12")
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            some += [start.elapsed_time(stop) / 1e3 / inner] * (run > 0)
+    return times
 
 
-class Simulated(RandomAdmission):
-    """Admits a share at random, one number or one for each KV head; real gates run as well, so that they cost."""
+class Simulated:
+    """Admits a share at random, one number or one for each KV head; real gates run as well, so that they cost.
 
-    def __init__(self, share, gates=None, window=256):
-        super().__init__(share)
+    Which tokens is read off one long list of numbers, each layer from a place of its own: looking up must cost nothing.
+    """
+    tau = 0.1
+
+    def __init__(self, shares, tokens, gates=None, window=256):
         self.gates, self.window = gates, window
+        self.g = (torch.rand(len(shares), tokens + 64 * 997, device=shares.device) < shares[:, None]).float()
 
     def gate(self, layer, k, k_rotated, positions):
         if self.gates is not None:
             self.gates.gate(layer, k, k_rotated, positions)
-        return super().gate(layer, k, k_rotated, positions)
+        return self.g[:, layer * 997:][:, positions].transpose(0, 1)
 
 
 def admission_of(args, model):
@@ -143,7 +150,7 @@ def admission_of(args, model):
         raise UserError(f"--admit {args.admit}: should be a share, or several for the heads in turn") from None
     heads = torch.tensor([shares[h % len(shares)] for h in range(model.config.num_kv_heads)], device=model.device)
     gates = Gates.for_model(model, window=args.window).eval().requires_grad_(False)
-    return Simulated(heads[:, None], gates, args.window)
+    return Simulated(heads, max(args.tokens) + 4096, gates, args.window)
 
 
 def free_memory(device):
@@ -180,13 +187,9 @@ def bench_kernels(model, args):
         q, k, v = (torch.randn(1, heads, tokens, c.head_dim, device=device, dtype=torch.bfloat16)
                    for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
         wide = [x.repeat_interleave(G, dim=1) for x in (k, v)]
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-            dense_s = device_times(lambda: F.scaled_dot_product_attention(q, *wide, is_causal=True), runs, 1)
-        dense_rate = 2 * tokens * (tokens + 1) * c.num_heads * c.head_dim / median(dense_s)
-        wide = None
         for shares in args.admit.split("/"):
             heads = [float(share) for share in shares.split(",")]
-            admission = Simulated(torch.tensor(heads * (c.num_kv_heads // len(heads)), device=device)[:, None],
+            admission = Simulated(torch.tensor(heads * (c.num_kv_heads // len(heads)), device=device), tokens + 1,
                                   window=args.window)
             cache = DualCache(layer, admission)
             cache.kernels = recorder = Recorder(cache.kernels)
@@ -197,25 +200,28 @@ def bench_kernels(model, args):
             old_count = recorder.args["prefill_attention"][7]
             window = torch.arange(1, tokens + 1, device=device).clamp(max=args.window)
             needed = 4 * c.head_dim * G * int((old_count + window).sum())
-            row = dict(what="prefill", tokens=tokens, admitted=shares, dense_s=dense_s, needed_operations=needed)
+            row = dict(what="prefill", tokens=tokens, admitted=shares, needed_operations=needed)
             for name, plain in [("prefill", False), ("  plain", True)][:1 + args.plain]:
-                times = device_times(lambda: recorder.again("prefill_attention", plain=plain), runs, 1)
-                row[f"{name.strip()}_s"] = times
-                rate = needed / median(times)
-                print(f"{name:10}{tokens:9,}{shares:>12}{median(dense_s) * 1e3:10.2f}{dense_rate / 1e12:9.0f}"
-                      f"{median(times) * 1e3:9.2f}{rate / 1e12:9.0f}{rate / dense_rate:7.2f}"
-                      f"{median(dense_s) / median(times):8.2f}", flush=True)
-            row["rate_over_dense"] = needed / median(row["prefill_s"]) / dense_rate
+                with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+                    dense, ours = device_times(lambda: F.scaled_dot_product_attention(q, *wide, is_causal=True),
+                                               lambda: recorder.again("prefill_attention", plain=plain),
+                                               runs=runs, inner=1)
+                dense_rate = 2 * tokens * (tokens + 1) * c.num_heads * c.head_dim / median(dense)
+                rate = needed / median(ours)
+                print(f"{name:10}{tokens:9,}{shares:>12}{median(dense) * 1e3:10.2f}{dense_rate / 1e12:9.0f}"
+                      f"{median(ours) * 1e3:9.2f}{rate / 1e12:9.0f}{rate / dense_rate:7.2f}"
+                      f"{median(dense) / median(ours):8.2f}", flush=True)
+                row[name.strip()] = dict(dense_s=dense, ours_s=ours, rate_over_dense=rate / dense_rate)
             cache.begin(1)
             cache.attend(0, *(x[:, :, -1:] for x in (q, k, v, cos, sin)))
             needed = 4 * c.head_dim * (int(cache.layers[0]["count"].sum()) + args.window * c.num_kv_heads)
-            times = device_times(lambda: recorder.again("decode_attention"), inner=10)
+            [times] = device_times(lambda: recorder.again("decode_attention"), inner=10)
             rate = needed / median(times)
             print(f"{'decode':10}{tokens:9,}{shares:>12}{'':19}{median(times) * 1e3:9.4f}  {rate / 1e12:.2f} TB/s, "
                   f"{rate / rates['read']:.2f} of the read bandwidth", flush=True)
             rows += [row, dict(what="decode", tokens=tokens, admitted=shares, decode_s=times, needed_bytes=needed,
                                share_of_read=rate / rates["read"])]
-            cache = recorder = old_count = None
+            cache = recorder = old_count = None                 # for the next setting's
             free_memory(device)
     return rows
 
@@ -341,18 +347,21 @@ def pretend(model, kv, lengths, chunk):
 
     kv.kernels, kernels = NoAttention(kv.kernels) if kv.kernels else None, kv.kernels
     lengths = torch.tensor(lengths, device=model.device)
+    chunk = int(lengths.max()) if isinstance(kv, DenseCache) else chunk
     for start in range(0, int(lengths.max()), chunk):
         new = (lengths - start).clamp(0, chunk)
         T = int(new.max())
         cos, sin = model.rope(kv.begin(T, new))
+        if isinstance(kv, DenseCache):
+            for layer in kv.layers:
+                kv.grow(layer, T)
+                layer["k"].normal_(), layer["v"].normal_()
+            kv.end()
+            break
         q, k, v = torch.randn(len(lengths), c.num_heads + 2 * c.num_kv_heads, T, c.head_dim, device=model.device,
                               dtype=model.dtype).split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         for layer in range(c.num_layers):
-            if isinstance(kv, DenseCache):
-                kv.grow(kv.layers[layer], kv.stop)
-                kv.layers[layer]["k"].normal_(), kv.layers[layer]["v"].normal_()
-            else:
-                kv.attend(layer, q, k, v, cos, sin)
+            kv.attend(layer, q, k, v, cos, sin)
         kv.end()
     kv.kernels = kernels
     return torch.randn(len(lengths), c.hidden_size, device=model.device, dtype=model.dtype)

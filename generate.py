@@ -204,11 +204,21 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
         kv.ready = 0                                                 # what is left of the reserve is counted anew
 
 
+def warm_up(model, kv):
+    """Seconds that the first use of a GPU takes: kernels are compiled and libraries started, on a copy of the cache."""
+    if model.device.type != "cuda":
+        return 0.0
+    start, copy = clock(model.device), kv.clone()
+    for _ in decode(model, copy, prefill(model, copy, [[0] * 300] * kv.B, 200), 12):
+        pass
+    return clock(model.device) - start
+
+
 def to_host(ids):
     """A copy of ids on its way to the host: call what is returned to wait for it and have the list."""
     if ids.device.type == "cpu":
         return ids.tolist
-    copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
+    copy = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=True).copy_(ids, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
     return lambda: (event.synchronize(), copy.tolist())[1]
@@ -360,6 +370,7 @@ class Session:
         else:
             admission, self.gates = make_admission(args, self.model)
             self.kv = DualCache(self.model, admission, len(texts), tau=args.tau)
+        self.first_use_s = warm_up(self.model, self.kv)
         self.choose = None
         if args.temperature > 0:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
@@ -444,11 +455,11 @@ class Session:
 
     def figures(self):
         kept, dense = self.kv.kept_bytes(), self.kv.dense_bytes()
-        return dict(prompt_tokens=self.read, new_tokens=self.new, prefill_s=round(self.prefill_s, 4),
-                    decode_s=round(self.decode_s, 4), kept_share=round(kept / max(dense, 1), 4), kept_bytes=kept,
-                    dense_bytes=dense, peak_bytes=peak_bytes(self.model.device), model=self.args.model,
-                    gates=self.gates, device=str(self.model.device), dtype=str(self.model.dtype)[6:],
-                    seed=self.args.seed)
+        return dict(prompt_tokens=self.read, new_tokens=self.new, first_use_s=round(self.first_use_s, 4),
+                    prefill_s=round(self.prefill_s, 4), decode_s=round(self.decode_s, 4),
+                    kept_share=round(kept / max(dense, 1), 4), kept_bytes=kept, dense_bytes=dense,
+                    peak_bytes=peak_bytes(self.model.device), model=self.args.model, gates=self.gates,
+                    device=str(self.model.device), dtype=str(self.model.dtype)[6:], seed=self.args.seed)
 
     def report(self):
         f = self.figures()
@@ -458,6 +469,8 @@ class Session:
 
         note = "" if f["kept_share"] <= 1 else "   (more than dense: the text is shorter than the window has room for)"
         say(f"prompt   {f['prompt_tokens']:8,} tokens")
+        if f["first_use_s"]:
+            say(f"compile  {f['first_use_s']:8.2f} s   (the kernels, at a process's first use; not in the times below)")
         say(f"prefill  {rate(self.read, self.prefill_s)}")
         say(f"decode   {rate(self.new, self.decode_s)}   ({self.new} tokens)")
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a dense cache holds "

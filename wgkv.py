@@ -453,26 +453,24 @@ class DualCache(Cache):
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
-        if T == 1 and self.kernels:
-            if not self.ready:
-                self.prepare(P)
-            self.ready -= 1
-        else:
-            self.ready = 0
-            self.slot = self.seen % self.window                             # (B): where a single new token goes
+        if self.kernels:
+            if self.ready < T:
+                self.prepare(max(T, P))
+            self.ready -= T
+        self.slot = self.seen % self.window                                 # (B): where a single new token goes
+        if not self.kernels:
             self.alive = torch.arange(self.B, device=self.device)
             if lengths is not None:
                 self.alive = self.new.nonzero()[:, 0]
         return positions
 
-    def prepare(self, steps):
-        """Set pages aside for `steps` single-token calls, so that none of them has to ask the device for lengths."""
-        extra = pages_for(steps) + 1
-        columns = torch.stack([pages_for(c["count"].max()) for c in self.layers]).tolist()
-        free = torch.cat([c["free_count"] for c in self.layers]).tolist()
-        for c, used, free_count in zip(self.layers, columns, free):
+    def prepare(self, tokens):
+        """Set pages aside for so many more tokens a row, so that a call with them asks the device for nothing."""
+        extra = pages_for(tokens) + 1
+        numbers = torch.stack([torch.stack((pages_for(c["count"].max()), c["free_count"][0])) for c in self.layers])
+        for c, (used, free_count) in zip(self.layers, numbers.tolist()):
             self.reserve(c, self.B * self.Hkv * extra, used + extra, free_count)
-        self.ready = steps
+        self.ready = tokens
 
     # A call: gates, then the band (ring unrolled + new tokens), then what leaves the window goes into pages, then
     # attention over pages and band, and last the ring takes the newest W tokens of the band.
@@ -519,19 +517,20 @@ class DualCache(Cache):
         after = counts[:, :, -1].flatten().contiguous()
         have, need = pages_for(c["count"]), pages_for(after)
         fresh = need - have
-        numbers = torch.stack((fresh.sum(), need.max(), (after - c["count"]).sum(), c["free_count"][0]))
-        pages, columns, tokens, free_count = numbers.tolist()              # the one time that the host has to wait
-        if not tokens:
+        if self.kernels:                                                   # where `prepare` has made room
+            self.kernels.promote(c, leaves, counts, k, v, positions, have, fresh.cumsum(0) - fresh)
+            c["free_count"] -= fresh.sum()
+            c["count"] = after
             return
-        self.reserve(c, pages, columns, free_count)
+        if torch.equal(after, c["count"]):
+            return
+        self.reserve(c, int(fresh.sum()), int(need.max()), int(c["free_count"]))
         # Pages come off the top of the stack; which row gets which is a matter of a running sum.
-        row = torch.arange(len(fresh), device=self.device).repeat_interleave(fresh, output_size=pages)
+        row = torch.arange(len(fresh), device=self.device).repeat_interleave(fresh)
         nth = torch.arange(len(row), device=self.device)
         c["table"][row, have[row] + nth - (fresh.cumsum(0) - fresh)[row]] = c["free"][c["free_count"] - 1 - nth].int()
         c["free_count"] -= len(row)
         c["count"] = after
-        if self.kernels:
-            return self.kernels.promote(c, leaves, counts, k, v, positions)
         row, n = leaves.flatten(0, 1).nonzero()[:, 0], counts[leaves] - 1
         at = c["table"][row, n // P].long() * P + n % P
         c["page_k"].view(-1, self.D)[at], c["page_v"].view(-1, self.D)[at] = k[leaves], v[leaves]
@@ -619,6 +618,34 @@ def take(x, index):
 
 # ---------------------------------------------------------------------------------------------------------- training
 
+def soft_attention(q, k, v, log_g, window, block=256):
+    """Causal softmax(q k / sqrt(D) + bias) v, where the bias is 0 inside the window and log_g of the key outside it.
+
+    q (B, Hq, T, D), k, v (B, Hkv, T, D); log_g (B, Hkv, T) fp32, -inf allowed. Returns (B, Hq, T, D), with gradients
+    for all four. By blocks of queries, computed again in the backward pass, so that only one block's scores exist at a
+    time; kernels.soft_attention is the same on a GPU.
+    """
+    out = []
+    for t0 in range(0, q.shape[2], block):
+        t1 = min(t0 + block, q.shape[2])
+        args = (q[:, :, t0:t1], k[:, :, :t1], v[:, :, :t1], log_g[:, :, :t1], window, t0)
+        if torch.is_grad_enabled():
+            out.append(torch.utils.checkpoint.checkpoint(soft_block, *args, use_reentrant=False))
+        else:
+            out.append(soft_block(*args))
+    return torch.cat(out, dim=2)
+
+
+def soft_block(q, k, v, log_g, window, t0):
+    B, Hq, T, D = q.shape
+    i, j = torch.arange(t0, t0 + T, device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
+    bias = torch.where(i - j < window, 0.0, log_g[:, :, None])                                 # (B, Hkv, T, S)
+    bias = bias.masked_fill(j > i, -math.inf)[:, :, None]
+    grouped = q.view(B, k.shape[1], -1, T, D)
+    scores = (grouped @ k[:, :, None].transpose(-1, -2)).float() / math.sqrt(D) + bias         # (B, Hkv, G, T, S)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v[:, :, None]).view(B, Hq, T, D)
+
+
 class SoftAttention:
     """The student: full attention, where the gate of a key outside the window is a bias in log space.
 
@@ -628,8 +655,8 @@ class SoftAttention:
     stored by layer, so that a checkpointed layer may run twice.
     """
 
-    def __init__(self, gates, device, hard=False, block=256):
-        self.gates, self.device, self.hard, self.block, self.g = gates, device, hard, block, {}
+    def __init__(self, gates, device, hard=False):
+        self.gates, self.device, self.hard, self.g = gates, device, hard, {}
 
     def begin(self, T, lengths=None):
         self.positions = torch.arange(T, device=self.device)[None]
@@ -642,27 +669,12 @@ class SoftAttention:
         q, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
         g = self.g[layer] = self.gates.gate(layer, k, k_rotated, self.positions)
         if self.hard:
-            bias = torch.where(g >= self.gates.tau, 0.0, -math.inf)
+            log_g = torch.where(g >= self.gates.tau, 0.0, -math.inf)
         else:
-            bias = g.clamp(min=GATE_FLOOR).log()
-        out = []
-        for t0 in range(0, q.shape[2], self.block):       # by blocks of queries, recomputed in the backward pass, so
-            t1 = min(t0 + self.block, q.shape[2])         # that only one block's scores exist at a time
-            args = (q[:, :, t0:t1], k_rotated[:, :, :t1], v[:, :, :t1], bias[:, :, :t1], t0)
-            if torch.is_grad_enabled():
-                out.append(torch.utils.checkpoint.checkpoint(self.attend_block, *args, use_reentrant=False))
-            else:
-                out.append(self.attend_block(*args))
-        return torch.cat(out, dim=2)
-
-    def attend_block(self, q, k, v, bias, t0):
-        B, Hq, T, D = q.shape
-        i, j = torch.arange(t0, t0 + T, device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
-        bias = torch.where(i - j < self.gates.window, 0.0, bias[:, :, None])                   # (B, Hkv, T, S)
-        bias = bias.masked_fill(j > i, -math.inf)[:, :, None]
-        grouped = q.view(B, k.shape[1], -1, T, D)
-        scores = (grouped @ k[:, :, None].transpose(-1, -2)).float() / math.sqrt(D) + bias     # (B, Hkv, G, T, S)
-        return (scores.softmax(dim=-1).to(v.dtype) @ v[:, :, None]).view(B, Hq, T, D)
+            log_g = g.clamp(min=GATE_FLOOR).log()
+        kernels = triton_kernels(q.device, q.shape[3])
+        attention = kernels.soft_attention if kernels else soft_attention
+        return attention(q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
 
 
 def admission_cost(g, window):

@@ -92,6 +92,13 @@ def scatter(prose, pieces, rng):
     return "".join(out) + prose[last:]
 
 
+def ending(haystack, rng):
+    """How a body may end before its questions: with a sentence, a quotation, or anywhere. A model that has only ever
+    been asked after a full stop takes a question after a closing quote for dialogue."""
+    piece = haystack.cut(200, rng).replace("\n", " ").strip()
+    return rng.choice(["", "", '"', "\n\n" + piece, f'\n\n"{piece}"', " " + piece.rsplit(" ", rng.randint(1, 9))[0]])
+
+
 def made_up_word(rng, syllables):
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
 
@@ -168,7 +175,8 @@ def make(task, haystack, tokens, encode, rng):
     for attempt in range(80):
         if attempt % 8 == 0:                                          # a new document, if one cannot be cut to fit
             chars, seed = 4 * tokens, rng.getrandbits(64)
-        document = MAKERS[task](haystack, chars, size, random.Random(seed))
+        document, end = MAKERS[task](haystack, chars, size, random.Random(seed)), random.Random(f"end {seed}")
+        document.body += ending(haystack, end) if document.questions else ""
         encoding = encode(document.text)
         if len(encoding.ids) <= tokens:
             break
