@@ -497,15 +497,20 @@ def pick_dtype(config, files, device):
     return handle.get_slice(stored)[:1].dtype
 
 
-def check_memory(needed, device, dtype):
-    """UserError, with the bytes, if the weights cannot fit. (Linux says what is free; elsewhere we just try.)"""
+def free_bytes(device):
+    """Memory that is free on a device, or None where nobody says: on a CPU only Linux does."""
     device = torch.device(device)
-    free = None
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as f:
-            free = next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None)
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None)
+    return None
+
+
+def check_memory(needed, device, dtype):
+    """UserError, with the bytes, if the weights cannot fit. (Where nobody says what is free we just try.)"""
+    free = free_bytes(device)
     if free is not None and needed > free:
         hint = "; --dtype bfloat16 halves it" if dtype == torch.float32 else ""
         raise UserError(f"the weights need {needed / 2**30:.1f} GiB as {str(dtype)[6:]}, {device} has "

@@ -118,12 +118,16 @@ class Gates(nn.Module):
         """The one method of an admission: keys of new tokens in, gate values (B, Hkv, T) fp32 out."""
         return self.layers[layer](k, k_rotated)
 
-    def save(self, path, model, lam=0.0):
-        """One safetensors file, written beside its final name and then renamed: never half a file."""
+    def save(self, path, model, lam=0.0, recipe=""):
+        """One safetensors file, written beside its final name and then renamed: never half a file.
+
+        recipe: how they were trained, as JSON; kept in the file for the reader, and read by nothing here.
+        """
         L, Hkv, D = self.shape
         tensors = {n: p.detach().float().cpu().contiguous() for n, p in self.named_parameters()}
         metadata = dict(format=FORMAT, window=self.window, tau=self.tau, expansion=self.expansion, lam=lam,
-                        model=model.name, layers=L, kv_heads=Hkv, head_dim=D, fingerprint=fingerprint(model))
+                        model=model.name, layers=L, kv_heads=Hkv, head_dim=D, fingerprint=fingerprint(model),
+                        recipe=recipe)
         part = f"{path}.part"
         try:
             save_file(tensors, part, metadata={k: str(v) for k, v in metadata.items()})
