@@ -508,9 +508,12 @@ def bench_quality(model, args):
 
 def plot():
     """assets/time.png: time against length, dense and gated, with the floor of what is needed; from assets/*.json."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figures = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "assets").glob("*.json"))}
     shown = {name: f for name, f in figures.items() if f.get("prefill") and f["prefill"][0].get("floor_s")}
     if not shown:
@@ -523,9 +526,10 @@ def plot():
             axis.plot(*zip(*points), "o-", color=colour, label=label)
         points = [(r["tokens"], r["floor_s"] * unit) for r in f.get(what, ())]
         axis.plot(*zip(*points), ":", color="#c2410c", label="floor of gated")
-        axis.set(xlabel="tokens", ylabel="seconds" if unit == 1 else "milliseconds a token", title=what, xscale="log")
-        if what == "prefill":
-            axis.set(yscale="log")
+        lengths = sorted({r["tokens"] for r in f.get(what, ())})
+        axis.set(xlabel="tokens", title=what, ylabel="seconds" if unit == 1 else "milliseconds a token")
+        axis.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+        axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{f['model']}, {f['machine']}", fontsize=9)

@@ -626,7 +626,7 @@ def decode_attention(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, pr
                                tickets(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, table.shape[1], W,
                                G=G, GP=GP, D=D, DP=DP, RP=triton.next_power_of_2(rows), P=P, RING=W > 0, GM=GM,
                                MERGE=max(1, min(16, 8192 // (GM * DP))), BYTES=q.itemsize,
-                               num_warps=4, num_stages=4)
+                               num_warps=4, num_stages=3)
     return out
 
 

@@ -350,12 +350,14 @@ def test_pages_come_back(card):
     qkv, g = random_qkv(2, 3, 2, 400), random_gates(2, 3, 2, 400, 0.8)
     want, cache, lengths = expected(qkv, g, 8), DualCache(bare(), Replay(g, 8), 3), (400, 300, 200)
     feed(cache, qkv, [lengths])
-    reserved = cache.reserved_bytes()
-    for sequences in ((None,), (1,), (2, 0, 1), (0, 0), (None, None)):
+    reserved, resets = cache.reserved_bytes(), ((None,), (1,), (2, 0, 1), (0, 0), (None, None))
+    # Kernels have pages set aside for the worst case, so there it is the second time round that needs nothing new.
+    for again, sequences in itertools.product((False, True) if cache.kernels else (True,), resets):
         for b in sequences:
             cache.reset(b)
             check_pages(cache)
         equal(feed(cache, qkv, [[n - seen for n, seen in zip(lengths, cache.seen.tolist())]]), want, f"{sequences}")
+        reserved = reserved if again else cache.reserved_bytes()
         assert cache.reserved_bytes() == reserved, f"after reset of {sequences}"
     cache.reset()
     assert cache.dense_bytes() == 0 == sum(int(c["count"].sum()) for c in cache.layers)

@@ -330,7 +330,7 @@ class Cache:
 
     def restore(self, state):
         assert state["seen"].shape == self.seen.shape and f"layers.{self.L}.count" not in state, "another cache's state"
-        self.seen = state["seen"].to(self.device, copy=True)
+        self.seen, self.ready = state["seen"].to(self.device, copy=True), 0
         self.layers = [{name: state[f"layers.{i}.{name}"].to(self.device, copy=True) for name in layer}
                        for i, layer in enumerate(self.layers)]
 
