@@ -142,11 +142,12 @@ def prefill(model, kv, prompts, chunk=4096, progress=lambda tokens: None):
     last = None
     for t in range(0, tokens.shape[1], chunk):
         part = tokens[:, t:t + chunk].to(model.device)
-        real = (lengths - t).clamp(0, part.shape[1]).to(model.device)
+        counts = (lengths - t).clamp(0, part.shape[1])
+        real = counts.to(model.device)
         hidden = model(part, kv, None if (lengths == lengths[0]).all() else real)
         ends_here = hidden[torch.arange(len(real)), (real - 1).clamp(min=0)]
         last = ends_here if last is None else torch.where((real > 0)[:, None], ends_here, last)
-        progress(int(real.sum()))
+        progress(int(counts.sum()))
     return last
 
 
@@ -163,8 +164,9 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
 
     On a GPU the host runs a few steps ahead of what it reads, so that the card never waits for it. Which sequences have
     ended is therefore decided there: `alive` falls with an end token, and a sequence that is not alive writes nothing.
+    (If you stop reading before the end, up to LAG more tokens than you have seen are in the cache.)
     """
-    device, choose_one = model.device, choose or greedy
+    device, choose_one, ahead = model.device, choose or greedy, LAG if kv.kernels else 0
     ends = torch.tensor(sorted(end), device=device, dtype=torch.long)
     logits = model.logits(hidden)
     token = choose_one(logits)
@@ -181,12 +183,12 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
         alive.logical_and_((token[:, None] != ends).all(dim=1))
 
     graph, shown, taken = None, [to_host(token)], 0
-    if device.type == "cuda":
+    if kv.kernels:
         kv.prepare(steps)
     try:
         while shown or taken < steps - 1:
-            while taken < steps - 1 and len(shown) <= (LAG if device.type == "cuda" else 0):
-                if device.type == "cuda" and taken == 1 and steps > 8:       # the first step was the warm-up
+            while taken < steps - 1 and len(shown) <= ahead:
+                if kv.kernels and taken == 1 and steps > 8:                  # the first step was the warm-up
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         read()
@@ -235,7 +237,9 @@ def sampler(temperature, top_p, seed, device):
     def choose(logits):
         p, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         p[p.cumsum(dim=-1) - p >= top_p] = 0
-        return ids.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        # As torch.multinomial, which would wait for the device to check p: the first of exponential waiting times.
+        first = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+        return ids.gather(-1, first)[:, 0]
 
     return choose
 
@@ -286,6 +290,8 @@ def load_model(args):
         raise UserError(f"--device {device}: this machine has no CUDA device that torch {torch.__version__} can use")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device).index or 0)              # Triton launches on the current one
     return Llama.from_pretrained(args.model, device, DTYPES[args.dtype] if args.dtype else None)
 
 

@@ -100,7 +100,7 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, part, tickets, out, N, T, k
     In fp32, but for the factors of W1 x where keys have half precision: those go in as tf32, finer than such a key.
 
     A single new token would leave the card idle while 8 programs read all of W1, so the hidden numbers are shared out;
-    whoever comes last adds the shares, in their order, so that the same token always gets the same gate.
+    whoever comes last adds the shares, in their order, so that the same call always gives the same gates.
     """
     h, share = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, DP)
@@ -146,7 +146,7 @@ def gate(gate, k, k_rotated):
     part = torch.empty(blocks * Hkv * splits * BN if splits > 1 else 1, device=k.device, dtype=torch.float32)
     gate_kernel[(blocks, Hkv, splits)](
         k, k_rotated, gate.pre_norm, gate.post_norm, gate.w1, gate.b1, gate.w2, gate.b2, part,
-        tickets(k.device, blocks * Hkv), out, N, T, *k.stride()[:3], *k_rotated.stride()[:3], Hkv, D=D,
+        tickets(k.device, blocks * Hkv if splits > 1 else 1), out, N, T, *k.stride()[:3], *k_rotated.stride()[:3], Hkv, D=D,
         DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden, BN=BN, BH=BH, SPLITS=splits,
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2)
     return out
@@ -156,7 +156,7 @@ TICKETS = {}
 
 
 def tickets(device, n):
-    """At least n int32 zeros for "who is last?": each kernel that takes tickets leaves zeros behind."""
+    """At least n int32 zeros for "who is last?": each kernel that takes tickets leaves zeros behind. For one stream."""
     if device not in TICKETS or len(TICKETS[device]) < n:
         TICKETS[device] = torch.zeros(max(n, 4096), device=device, dtype=torch.int32)
     return TICKETS[device]
@@ -314,7 +314,8 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, table, old_count, 
 # The same function with the parts of a Hopper SM named: one warp copies (TMA), two warpgroups of 4 warps compute, each
 # on 64 of the program's 128 queries, and while one of them is at its softmax the matrix unit works for the other. What
 # a warpgroup waits for is an mbarrier: `full` of a slot is reached when its copy has landed, `free` when both have read
-# it. In Gluon, Triton's own lower level. The masked places of a page must hold finite numbers: 0 times NaN is NaN.
+# it. In Gluon, Triton's own lower level. What is masked must be finite all the same, since 0 times NaN is NaN: unused
+# places of a page, and after a row's band the beginning of the next one's.
 
 @gluon.jit
 def hopper_copy(page_k, page_v, band_k, band_v, table, bars, buffers, pages, tiles, start, P: gl.constexpr,
@@ -430,7 +431,7 @@ def hopper_attend(q, band_g, out, bars, buffers, n, pages, tiles, t0, half, T, W
 def hopper_prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, table, old_count, out, tau, scale, T, W, columns,
                           heads, q_b, q_h, q_t, out_b, out_h, out_t, G: gl.constexpr, D: gl.constexpr, P: gl.constexpr,
                           SLOTS: gl.constexpr):
-    """One program: 128 queries of one query head, on the same grid and over the same tiles as prefill_kernel.
+    """One program: 128 queries of one query head, on a grid and over tiles as in prefill_kernel.
 
     Tiles come in pairs, so there may be one past the band's end; the definition leaves nothing of it to be seen.
     """
@@ -489,7 +490,7 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, table, old_coun
         kernel, sizes = hopper_prefill_kernel, dict(SLOTS=2, maxnreg=168)
     else:
         band_k, band_v, page_k, page_v = (TensorDescriptor.from_tensor(x, [P, DP]) for x in tensors)
-        kernel, sizes = prefill_kernel, dict(DP=DP, BM=BM, num_stages=3 if DP <= 128 else 2)
+        kernel, sizes = prefill_kernel, dict(DP=DP, BM=BM, num_stages=stages(DP, q.dtype))
     kernel[(B * Hq, triton.cdiv(T, BM))](
         q, band_k, band_v, band_g, page_k, page_v, table, old_count, out, tau, 1 / math.sqrt(D) / math.log(2), T,
         window, table.shape[1], Hq, *q.stride()[:3], *out.stride()[:3], G=Hq // band_g.shape[1], D=D, P=P,
@@ -498,10 +499,15 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, table, old_coun
 
 
 def prefill_tile(DP, dtype):
-    """(queries a program, warps) for a padded head dim: what fits into registers and shared memory."""
+    """(queries a program, warps) for a padded head dim: what fits into registers."""
     if dtype == torch.float32 or DP >= 128:
         return 64, 4
     return 128, 4
+
+
+def stages(DP, dtype):
+    """Copies of a tile of keys under way at a time, by the bytes of a key: what fits into shared memory."""
+    return {256: 3, 512: 2}.get(max(256, DP * dtype.itemsize), 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -524,7 +530,7 @@ def decode_kernel(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, part_
     units_of = tl.where(r < rows, pages_of + tl.cdiv(W, P), 0)
     stops = tl.cumsum(units_of, 0)
     total = tl.sum(units_of, 0).to(tl.int64)
-    programs = tl.minimum(tl.num_programs(0), total)                            # of a short list some get nothing
+    programs = tl.maximum(tl.minimum(tl.num_programs(0), total), 1)             # of a short list some get nothing
     u, hi = (total * pid // programs).to(tl.int32), (total * (pid + 1) // programs).to(tl.int32)
     hi = tl.where(pid < programs, hi, 0)
     row = tl.sum((stops <= u).to(tl.int32), 0)
@@ -626,7 +632,7 @@ def decode_attention(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, pr
                                tickets(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, table.shape[1], W,
                                G=G, GP=GP, D=D, DP=DP, RP=triton.next_power_of_2(rows), P=P, RING=W > 0, GM=GM,
                                MERGE=max(1, min(16, 8192 // (GM * DP))), BYTES=q.itemsize,
-                               num_warps=4, num_stages=3)
+                               num_warps=4, num_stages=stages(DP, q.dtype))
     return out
 
 

@@ -41,7 +41,8 @@ from generate import (HERE, Parser, Text, check_writable, decode, load_model, mo
                       sampler, write_whole)
 from model import UserError, free_bytes, say
 from tiny import tasks
-from wgkv import DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost, fingerprint
+from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost, fingerprint,
+                  triton_kernels)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe
@@ -198,7 +199,8 @@ def activation_bytes(model, gates, length, checkpoint):
 
         a layer keeps    2 hidden + 2 (Hq + 2 Hkv) D + 3 intermediate, and 4 E D + 8 D in fp32 for each of its gates
         checkpointed     2 hidden for each layer, and the above only for the one that runs again
-        besides          as much as a layer keeps, for gradients, and five fp32 scores of 256 queries for each head
+        besides          as much as a layer keeps, for gradients, and, without kernels.py, five fp32 scores of 256
+                         queries for each head
 
     Numbers are of the model's dtype; on CUDA autocast makes most of them bf16. It errs on the high side: on a CPU, at
     4,096 tokens, two thirds of it were measured.
@@ -208,7 +210,8 @@ def activation_bytes(model, gates, length, checkpoint):
     layer = size * (2 * c.hidden_size + 2 * heads + 3 * c.intermediate_size)
     layer += 4 * c.num_kv_heads * c.head_dim * (4 * gates.expansion + 8)
     kept = 2 * c.hidden_size * model.dtype.itemsize * c.num_layers + layer if checkpoint else c.num_layers * layer
-    return int(length * (kept + layer + 5 * 4 * c.num_heads * 256))
+    scores = 0 if triton_kernels(model.device, c.head_dim) else 5 * 4 * c.num_heads * 256
+    return int(length * (kept + layer + scores))
 
 
 def fit(model, gates, recipe):

@@ -324,12 +324,16 @@ class Cache:
         return other
 
     def state(self):
-        """Every tensor by name, for saving; `restore` takes it back."""
+        """Every tensor by name, for saving; `restore` takes it back. Save or clone them before the cache goes on: these
+        are the tensors it works with.
+        """
         return {"seen": self.seen, **{f"layers.{i}.{name}": t for i, layer in enumerate(self.layers)
                                       for name, t in layer.items()}}
 
     def restore(self, state):
-        assert state["seen"].shape == self.seen.shape and f"layers.{self.L}.count" not in state, "another cache's state"
+        rings = {x["layers.0.ring_g"].shape for x in (state, self.state()) if "layers.0.ring_g" in x}
+        assert state["seen"].shape == self.seen.shape and f"layers.{self.L}.count" not in state and len(rings) < 2, (
+            f"another cache's state: {tuple(state['seen'].shape)} sequences, rings {rings}")
         self.seen, self.ready = state["seen"].to(self.device, copy=True), 0
         self.layers = [{name: state[f"layers.{i}.{name}"].to(self.device, copy=True) for name in layer}
                        for i, layer in enumerate(self.layers)]
