@@ -697,14 +697,18 @@ class Experiment:
                      tokens_per_step=args.train_tokens_per_step, steps=args.train_steps,
                      haystack_tokens=args.train_haystack_tokens)
         self.recipe = replace(preset, seed=args.seed, tasks=True, **{k: v for k, v in asked.items() if v is not None})
+        given = args.gates or ("" if item in (1, 2, 3, 5, 6) else str(Path(args.model, "gates.safetensors")))
+        if args.gates:
+            self.given()                                              # a file that is no gates is a mistake made early
         self.settings = dict(
             item=item, model=model.name, weights=fingerprint(model), dtype=str(model.dtype)[6:], seed=args.seed,
             cases=args.cases, length=args.length, train=json.loads(json.dumps(asdict(self.recipe))),
             **{name: path and [Path(path).name, digest(train.read_text(path))]
                for name, path in (("data", args.data), ("books", args.books))},
-            gates=args.gates and [Path(args.gates).name, digest(Path(args.gates).read_bytes())])
+            gates=digest(Path(given).read_bytes()) if Path(given).is_file() else None, tau=args.tau)
         self.lam = (args.lam or [0.08])[0]                            # of the items that need just one
-        self.rows, self.shown, self.about = [], [], dict(machine(model.device), date=time.strftime("%Y-%m-%d"))
+        self.rows, self.shown, self.about = [], [], dict(machine(model.device), seed=args.seed,
+                                                            date=time.strftime("%Y-%m-%d"))
         if self.path and Path(self.path).exists():
             try:
                 there = json.loads(Path(self.path).read_text(encoding="utf-8"))
@@ -819,7 +823,10 @@ class Experiment:
         return [(dict(lam=lam), functools.partial(self.gates, lam)) for lam in self.args.lam or LAMBDAS]
 
     def given(self):
-        return make_admission(self.args, self.model)[0]
+        """The gates of --gates, or the model's own, with --tau."""
+        gates, tau = make_admission(self.args, self.model)[0], self.args.tau
+        gates.tau = gates.tau if tau is None else tau
+        return gates
 
 
 def leave_out(gates, inputs):
@@ -1168,6 +1175,7 @@ def check_quality(args, what):
             (bool(args.item) + args.quick + bool(args.prompts or args.score) > 1,
              "one of --item, --quick and --prompts at a time"),
             (args.cases < 2 or min(args.length, *args.lengths) < 128, "--cases should be at least 2, lengths 128"),
+            (args.admit != "gates", "--admit is for speed, not for quality"),
             (min(args.depths) < 0 or max(args.depths) > 1, "--depths go from 0 to 1"),
             (min(args.taus) <= 0 or max(args.taus) > 1, "--taus should be above 0, and at most 1"),
             (args.score and not args.prompts, "--score needs --prompts too: the file with the questions"),

@@ -2274,7 +2274,7 @@ def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert rows[:2] == before and len(rows) == 3 and len(scored) == 4 and len(trained) == 1
     for row in rows[1:]:
-        assert {"kept", "admitted", "loss", "facts", "prose", "commit", "command", "machine", "date"} <= row.keys()
+        assert {"kept", "admitted", "loss", "facts", "prose", "commit", "command", "machine", "seed"} <= row.keys()
         assert row["full"] == {"facts": rows[0]["facts"]["mean"], "prose": rows[0]["prose"]["mean"]}
     assert rows[1]["settings"]["tau"] == 0.1 and rows[2]["kept"] < rows[1]["kept"]
     capsys.readouterr()
@@ -2346,7 +2346,8 @@ def test_the_quick_run_needs_nothing_from_outside(monkeypatch, capsys):
     (["--prompts", "no.jsonl", "--score", "no.jsonl"], "no.jsonl cannot be read"),
     (["--quick", "--json", str(TINY_FOLDER / "config.json")], "holds no rows"),
     (["--item", "4", "--lengths", "50", "--data", "x"], "lengths 128"), (["--depths", "2"], "--depths"),
-    (["--taus", "0"], "--taus"), (["prefill"], "quality goes alone")])
+    (["--taus", "0"], "--taus"), (["prefill"], "quality goes alone"),
+    (["--item", "3", "--gates", "no.safetensors"], "no.safetensors"), (["--admit", "all"], "--admit")])
 def test_experiments_refuse_what_cannot_work(argv, words, capsys, tmp_path, monkeypatch):
     """A mistake is one line, before anything slow."""
     monkeypatch.chdir(tmp_path)
