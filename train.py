@@ -405,14 +405,15 @@ def validate(model, gates, draw, recipe):
 
 
 def evaluate(model, text, make_kv, documents, batch=8, progress=lambda documents: None):
-    """Free greedy answers to the questions of documents: (share that is right, kept share at the end of the bodies).
+    """Free greedy answers to the questions of documents: ([how right each is, 0 to 1], kept share after the bodies).
 
-    make_kv(batch) gives an empty cache. Each body is read once, each of its questions goes on from a copy of its cache.
+    make_kv(documents of a batch) gives an empty cache. Each body is read once, each of its questions goes on from a
+    copy of its cache.
     """
-    right, cases, kept, dense = 0.0, 0, 0, 0
+    scores, kept, dense = [], 0, 0
     for start in range(0, len(documents), batch):
         group = documents[start:start + batch]
-        kv = make_kv(len(group))
+        kv = make_kv(group)
         prefill(model, kv, [text.encode(d.body) for d in group])
         kept, dense = kept + kv.kept_bytes(), dense + kv.dense_bytes()
         for n in range(max(len(d.questions) for d in group)):
@@ -426,9 +427,9 @@ def evaluate(model, text, make_kv, documents, batch=8, progress=lambda documents
                     row.extend(() if token is None else (token,))
             for d, (_, answer), row in zip(group, asked, said):
                 if n < len(d.questions):
-                    right, cases = right + tasks.correct(d.task, answer, text.decode(row)), cases + 1
+                    scores.append(tasks.correct(d.task, answer, text.decode(row)))
         progress(len(group))
-    return right / cases, kept / dense
+    return scores, kept / dense
 
 
 def final_table(model, text, gates, args, recipe):
@@ -441,11 +442,13 @@ def final_table(model, text, gates, args, recipe):
     print(f"facts recalled, {count} questions in documents of {length:,} tokens (W = {gates.window})")
     print(f"{'':14}{'kept':>8}{'recall':>9}")
     recalls = {}
-    for name, make_kv in (("full attention", lambda B: DenseCache(model, B)),
-                          ("gated", lambda B: DualCache(model, gates, B)),
-                          ("window only", lambda B: DualCache(model, RandomAdmission(0.0), B, gates.window))):
+    for name, make_kv in (("full attention", lambda group: DenseCache(model, len(group))),
+                          ("gated", lambda group: DualCache(model, gates, len(group))),
+                          ("window only", lambda group: DualCache(model, RandomAdmission(0.0), len(group),
+                                                                  gates.window))):
         with tqdm(total=len(documents), desc=name, unit=" documents", delay=1, leave=False) as bar:
-            recalls[name], kept = evaluate(model, text, make_kv, documents, progress=bar.update)
+            scores, kept = evaluate(model, text, make_kv, documents, progress=bar.update)
+        recalls[name] = sum(scores) / len(scores)
         print(f"{name:14}{kept:8.1%}{recalls[name]:9.1%}", flush=True)
     return recalls
 
