@@ -146,8 +146,8 @@ def gate(gate, k, k_rotated):
     part = torch.empty(blocks * Hkv * splits * BN if splits > 1 else 1, device=k.device, dtype=torch.float32)
     gate_kernel[(blocks, Hkv, splits)](
         k, k_rotated, gate.pre_norm, gate.post_norm, gate.w1, gate.b1, gate.w2, gate.b2, part,
-        tickets(k.device, blocks * Hkv if splits > 1 else 1), out, N, T, *k.stride()[:3], *k_rotated.stride()[:3], Hkv, D=D,
-        DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden, BN=BN, BH=BH, SPLITS=splits,
+        tickets(k.device, blocks * Hkv if splits > 1 else 1), out, N, T, *k.stride()[:3], *k_rotated.stride()[:3], Hkv,
+        D=D, DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden, BN=BN, BH=BH, SPLITS=splits,
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2)
     return out
 

@@ -559,15 +559,17 @@ class DualCache(Cache):
             self.promote(c, leaves[..., None], counts, *victims, positions)
         for ring, new in (("ring_k", k), ("ring_v", v), ("ring_g", g)):
             c[ring][b, :, slot[b]] = new[b, :, 0]
-        # All of a row's pages, then its ring: one list of keys, of which some places are empty.
-        M = pages_for(int(c["count"].max()))
-        pages = c["table"][:, :M].long()
-        keys, values = (torch.cat((c[page][pages].view(self.B, self.Hkv, M * P, self.D), c[ring]), dim=2)
-                        for page, ring in (("page_k", "ring_k"), ("page_v", "ring_v")))
-        full = torch.arange(M * P, device=self.device) < c["count"].view(self.B, self.Hkv, 1)
-        mask = torch.cat((full, c["ring_g"] > -math.inf), dim=2)[:, :, None]
-        grouped = q.view(self.B, self.Hkv, -1, self.D)                     # the G queries of a row see the same keys
-        return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(q.shape)
+        # Row by row, as lengths differ: its pages, then what there is of its ring. Slots fill in order.
+        out, slots = torch.empty_like(q), (self.seen + self.new).clamp(max=self.window).tolist()
+        G = q.shape[1] // self.Hkv                                         # the G queries of a row see the same keys
+        for b in range(self.B):
+            for h in range(self.Hkv):
+                keys, values = (torch.cat((self.row(c, page, b, h), c[ring][b, h, :slots[b]]))[None, None]
+                                for page, ring in (("page_k", "ring_k"), ("page_v", "ring_v")))
+                heads = slice(h * G, h * G + G)
+                y = F.scaled_dot_product_attention(q[b, heads].view(1, 1, G, -1), keys, values)
+                out[b, heads] = y.view(G, 1, -1)
+        return out
 
     def row(self, c, name, b, h):
         """The admitted tokens of one row, oldest first: (count, ...) out of its pages."""
