@@ -9,11 +9,12 @@
     python bench.py quality --prompts OUT.jsonl --score ANSWERS.jsonl        ... and the score of its answers
     python bench.py --plot                     draws assets/*.png from assets/*.json
 
-Both sides of a comparison run in turn in one process; times are medians, with the spread beside them, and the ratio is
-what counts. The dense side is the strongest there is: in prefill torch's scaled_dot_product_attention (on a GPU its
-cuDNN kernel) over the whole prompt at once, in decode our own kernel and graph with everything kept. Beside each time
-stands its floor: the bytes that must be read over the read bandwidth, or the operations over the matrix rate, both
-measured in the same run. Figures go to assets/*.json with command, commit and machine.
+Both sides of a comparison run in one process, in turn (in decode one after the other, as two caches may not fit); times
+are medians, with the spread beside them, and the ratio is what counts. The dense side is the strongest there is: in
+prefill torch's scaled_dot_product_attention (on a GPU its cuDNN kernel) over the whole prompt at once, in decode our
+own kernel and graph with everything kept. Beside each time stands its floor: the bytes that must be read over the read
+bandwidth, or the operations over the matrix rate, both measured in the same run. Figures go to assets/*.json with
+command, commit and machine.
 
 The experiments on quality: 1 lambda and tau, 2 the grace period, 3 simpler policies at equal bytes, 4 tasks by length
 and depth, 5 shift of domain, 6 the gate's width, 7 heads. Each trains the gates it needs (kept in --work) and writes
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 import train
 from generate import (HERE, Parser, Text, TextStream, check_writable, clock, decode, load_model, make_admission,
-                      model_options, prefill, run_program, write_whole)
+                      model_options, peak_bytes, prefill, run_program, write_whole)
 from model import Config, Llama, UserError, rotate, say
 from tiny import tasks
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, fingerprint
@@ -156,17 +157,21 @@ class Simulated:
         return self.g[:, layer * 997:][:, positions].transpose(0, 1)
 
 
+def shares_of(text, model):
+    """One share for each KV head (Hkv), out of what --admit says: a share, or several for the heads in turn."""
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        raise UserError(f"--admit {text}: should be a share, or several for the heads in turn") from None
+    return torch.tensor([shares[h % len(shares)] for h in range(model.config.num_kv_heads)], device=model.device)
+
+
 def admission_of(args, model):
     """What --admit says: with a number, random gates of the right shape run beside the simulation."""
     if not args.shape and args.admit in ("gates", "all", "none"):
         return make_admission(args, model)[0]
-    try:
-        shares = [float(share) for share in args.admit.split(",")]
-    except ValueError:
-        raise UserError(f"--admit {args.admit}: should be a share, or several for the heads in turn") from None
-    heads = torch.tensor([shares[h % len(shares)] for h in range(model.config.num_kv_heads)], device=model.device)
     gates = Gates.for_model(model, window=args.window).eval().requires_grad_(False)
-    return Simulated(heads, max(args.tokens) + 4096, gates, args.window)
+    return Simulated(shares_of(args.admit, model), max(args.tokens) + 4096, gates, args.window)
 
 
 def free_memory(device):
@@ -203,11 +208,8 @@ def bench_kernels(model, args):
         q, k, v = (torch.randn(1, heads, tokens, c.head_dim, device=device, dtype=torch.bfloat16)
                    for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
         wide = [x.repeat_interleave(G, dim=1) for x in (k, v)]
-        for shares in args.admit.split("/"):
-            heads = [float(share) for share in shares.split(",")]
-            admission = Simulated(torch.tensor(heads * (c.num_kv_heads // len(heads)), device=device), tokens + 1,
-                                  window=args.window)
-            cache = DualCache(layer, admission)
+        for shares in ("0.25" if args.admit == "gates" else args.admit).split("/"):
+            cache = DualCache(layer, Simulated(shares_of(shares, model), tokens + 1, window=args.window))
             cache.kernels = recorder = Recorder(cache.kernels)
             cos, sin = model.rope(torch.arange(tokens + 1, device=device)[None])
             cache.begin(tokens)
@@ -288,7 +290,7 @@ def bench_prefill(model, args):
         runs = args.runs if tokens < 16384 else min(args.runs, 3) if tokens < 100000 else 1
         times = in_turn(runs, model.device, **sides)
         kv = kept["kv"]
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if rates else None
+        peak = peak_bytes(model.device) / 2 ** 30
         admitted = sum(int(layer["count"].sum()) for layer in kv.layers) / (kv.L * kv.Hkv * max(1, tokens - kv.window))
         linear, attention = operations(c, tokens, admitted, kv.window)
         row = dict(tokens=tokens, gated_s=times["gated"], dense_s=times.get("dense"), admitted=admitted,
@@ -404,11 +406,7 @@ def bench_memory(model, args):
         hidden = prefill(model, kv, [prompt_of(tokens, args, model)], args.chunk)
         for _ in decode(model, kv, hidden, 16):
             pass
-        if model.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            import generate
-            peak = generate.peak_bytes(model.device)
+        peak = peak_bytes(model.device)
         row = dict(tokens=tokens, weights=weights, kept=kv.kept_bytes(), reserved=kv.reserved_bytes(), peak=peak,
                    rest=peak - weights - kv.kept_bytes())
         rows.append(row)
@@ -1249,6 +1247,9 @@ def main(argv=None):
         args.admit = "0.25"
     model = random_model(args) if args.shape else load_model(args)
     args.chunk = args.chunk or (8192 if model.device.type == "cuda" else 4096)
+    if "all" in args.what and model.device.type != "cuda":
+        what.remove("kernels")
+        say("kernels is left out: what it times is Triton on a CUDA device")
     args.ceilings = ceilings(model.device)
     about = dict(machine(model.device), model=model.name, date=time.strftime("%Y-%m-%d"), ceilings=args.ceilings,
                  admit=args.admit, window=args.window, chunk=args.chunk, batch=args.batch)

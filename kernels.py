@@ -2,7 +2,8 @@
 
     rotate, gate, promote       keys on their way into the cache
     prefill_attention           many new tokens over pages and band: the vertical-slash pattern, exact
-    remember, decode_attention  one new token a sequence: into ring and pages, then over ragged rows, shared out evenly
+    remember, append,           one new token a sequence: into ring and pages, or a dense cache, and then attention
+    decode_attention            over ragged rows, shared out evenly
     add_norm, silu_product      what else of a layer pays to be fused
     soft_attention              the student's attention in training, with its gradients
 

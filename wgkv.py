@@ -397,7 +397,7 @@ class DenseCache(Cache):
         gqa = q.shape[1] != self.Hkv
         if T == self.stop:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
-        if self.kernels and T > 1 and min(self.start) == max(self.start):
+        if self.kernels and min(self.start) == max(self.start):
             return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(T, self.stop), enable_gqa=gqa)
         out, j = torch.empty_like(q), torch.arange(self.stop, device=q.device)
         if T == 1:                                     # the G queries of a row see the same keys
@@ -465,8 +465,9 @@ class DualCache(Cache):
             if self.ready < T:
                 self.prepare(max(T, P))
             self.ready -= T
-        self.slot = self.seen % self.window                                 # (B): where a single new token goes
-        if not self.kernels:
+        else:
+            self.slot = self.seen % self.window                             # (B): where a single new token goes
+            self.filled = (self.seen + self.new).clamp(max=self.window).tolist()        # slots in use, with its own
             self.alive = torch.arange(self.B, device=self.device)
             if lengths is not None:
                 self.alive = self.new.nonzero()[:, 0]
@@ -560,11 +561,10 @@ class DualCache(Cache):
         for ring, new in (("ring_k", k), ("ring_v", v), ("ring_g", g)):
             c[ring][b, :, slot[b]] = new[b, :, 0]
         # Row by row, as lengths differ: its pages, then what there is of its ring. Slots fill in order.
-        out, slots = torch.empty_like(q), (self.seen + self.new).clamp(max=self.window).tolist()
-        G = q.shape[1] // self.Hkv                                         # the G queries of a row see the same keys
+        out, G = torch.empty_like(q), q.shape[1] // self.Hkv               # the G queries of a row see the same keys
         for b in range(self.B):
             for h in range(self.Hkv):
-                keys, values = (torch.cat((self.row(c, page, b, h), c[ring][b, h, :slots[b]]))[None, None]
+                keys, values = (torch.cat((self.row(c, page, b, h), c[ring][b, h, :self.filled[b]]))[None, None]
                                 for page, ring in (("page_k", "ring_k"), ("page_v", "ring_v")))
                 heads = slice(h * G, h * G + G)
                 y = F.scaled_dot_product_attention(q[b, heads].view(1, 1, G, -1), keys, values)
