@@ -807,8 +807,8 @@ class Experiment:
             gates = Gates.for_model(self.model, window=recipe.window, tau=recipe.tau, expansion=recipe.expansion)
             leave_out(gates, inputs)
             optimizer = torch.optim.AdamW(gates.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-            checkpoint, _ = train.fit(self.model, gates, recipe)
-            why = train.train(self.model, gates, optimizer, self.draw(source), recipe, checkpoint=checkpoint)[1]
+            how, _ = train.fit(self.model, gates, recipe)
+            why = train.train(self.model, gates, optimizer, self.draw(source), recipe, how=how)[1]
             if why:
                 raise KeyboardInterrupt if why == "interrupted" else UserError(f"{path}: {why}")
             gates.eval().requires_grad_(False).save(path, self.model, lam, json.dumps(asdict(recipe)))

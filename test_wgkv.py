@@ -1814,7 +1814,7 @@ def test_training_lowers_what_it_is_asked_to_lower(tiny):
                 gate.b2.fill_(-3.0 if closed else 1.0)
         def mean_gate():
             with torch.no_grad():
-                return train.distill(model, gates, torch.tensor([ids]))[3].mean().item()
+                return train.distill(model, gates, [ids])[3][0].mean().item()
         before = mean_gate()
         recipe = train.Recipe(lr=3e-3, steps=8, tokens_per_step=300, seq_len=(300,), lam=lam)
         assert train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids, recipe) == (8, None)
@@ -1824,11 +1824,11 @@ def test_training_lowers_what_it_is_asked_to_lower(tiny):
 def test_checkpointed_layers_give_the_same_gradients(tiny):
     """Gates of the second run of a layer in the place of the first's; a gradient that does not get through."""
     model, text = tiny
-    ids, found = torch.tensor([text.encode(STORY)[:300]]), []
+    ids, found = text.encode(STORY)[:300], []
     for checkpoint in (False, True):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
-        soft, _, cost, _ = train.distill(model, gates, ids, checkpoint)
+        soft, _, cost, _ = train.distill(model, gates, [ids], checkpoint)
         (soft + cost).backward()
         found.append([p.grad for p in gates.parameters()])
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
@@ -1845,6 +1845,23 @@ def test_a_step_is_the_mean_of_its_samples(tiny):
         train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids, recipe, log=lines.append)
     for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4)
+
+
+def test_samples_side_by_side(tiny):
+    """Padding that is seen, or that counts; a last, smaller group that weighs as much as the others."""
+    model, text = tiny
+    ids, lines, trained = text.encode(STORY), [], []
+    for at_once in (1, 2, 3):
+        torch.manual_seed(0)
+        gates = Gates.for_model(model, window=16)
+        recipe = train.Recipe(steps=1, tokens_per_step=3 * 256, seq_len=(256,))
+        train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids[:rng.randint(60, 256)],
+                    recipe, how={256: (at_once, False)}, log=lines.append)
+        trained.append(torch.cat([p.detach().flatten() for p in gates.parameters()]))
+    for other in (1, 2):
+        for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
+            assert lines[0][key] == pytest.approx(lines[other][key], rel=1e-4)
+        torch.testing.assert_close(trained[0], trained[other], rtol=1e-4, atol=1e-5)
 
 
 def test_the_plan_of_the_paper_and_others():
@@ -2029,7 +2046,8 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     whole, again = (train.activation_bytes(model, gates, 1024, c) for c in (False, True))
     assert whole > again > train.activation_bytes(model, gates, 512, True) == again / 2
     state = 20 * sum(p.numel() for p in gates.parameters())
-    for free, want in ((2 * (whole + state), {512: False, 1024: False}), (whole + state, {512: False, 1024: True})):
+    for free, want in ((2 * (whole + state), {512: (1, False), 1024: (1, False)}),
+                       (whole + state, {512: (1, False), 1024: (1, True)})):
         monkeypatch.setattr(train, "free_bytes", lambda device: free)
         assert train.fit(model, gates, recipe)[0] == want
     free = again

@@ -35,6 +35,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from generate import (HERE, Parser, Text, check_writable, decode, load_model, model_options, prefill, run_program,
@@ -215,38 +217,54 @@ def activation_bytes(model, gates, length, checkpoint):
 
 
 def fit(model, gates, recipe):
-    """({length: are layers checkpointed}, the estimate as a line of text). UserError if it does not fit in any case.
+    """({length: (samples side by side, are layers checkpointed)}, the estimate as a line of text).
 
-    Layers are checkpointed where all that they keep would not fit: it costs another forward pass.
+    UserError if not even one sample fits. Layers are checkpointed where all that they keep would not fit: it costs another forward pass. Short samples of a
+    step go through a GPU side by side, as many as SIDE_BY_SIDE tokens; a CPU is busy with one.
     """
     if model.device.type == "cuda":
         torch.cuda.empty_cache()                                     # what is cached counts as taken
     free, longest = free_bytes(model.device) or math.inf, max(recipe.seq_len)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = 5 * 4 * sum(p.numel() for p in gates.parameters())       # gradients twice, AdamW's moments, the last good
-    checkpoint = {n: state + activation_bytes(model, gates, n, False) > 0.8 * free for n in recipe.seq_len}
-    needed = state + activation_bytes(model, gates, longest, checkpoint[longest])
+
+    def needs(tokens, checkpoint):
+        return state + activation_bytes(model, gates, tokens, checkpoint)
+
+    how = {}
+    for length in recipe.seq_len:
+        checkpoint = needs(length, False) > 0.8 * free
+        rows = SIDE_BY_SIDE // length if model.device.type == "cuda" else 1
+        while rows > 1 and needs(rows * length, checkpoint) > 0.8 * free:
+            rows //= 2
+        how[length] = max(1, rows), checkpoint
+    needed = needs(longest, how[longest][1])
     if needed > free:
         raise UserError(f"--seq-len {longest} needs about {needed / 2**30:.2f} GiB beside the weights, {model.device} "
                         f"has {free / 2**30:.2f} GiB free: lower --seq-len, or try --dtype bfloat16")
-    return checkpoint, (f"memory: weights {weights / 2**30:.2f} GiB; a sample of {longest:,} tokens takes about "
-                        f"{needed / 2**30:.2f} GiB{', layers checkpointed,' * checkpoint[longest]} of the "
-                        f"{free / 2**30:.2f} GiB free on {model.device}")
+    return how, (f"memory: weights {weights / 2**30:.2f} GiB; a sample of {longest:,} tokens takes about "
+                 f"{needed / 2**30:.2f} GiB{', layers checkpointed,' * how[longest][1]} of the {free / 2**30:.2f} GiB "
+                 f"free on {model.device}")
 
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-def distill(model, gates, ids, checkpoint=False, hard=False):
-    """What the loss is made of, for one sample, ids (1, T): (soft, hard, cost, g).
+SIDE_BY_SIDE = 32768        # tokens
+
+
+def distill(model, gates, samples, checkpoint=False, hard=False):
+    """What the loss is made of, as means over samples, lists of T ids each: (soft, hard, cost, g).
 
     soft: mean squared difference of the student's last hidden states from the teacher's. hard: the same with gates of
     0 or 1, as at inference, without gradients; NaN unless asked for, as it takes another pass. cost: the expected share
-    of a dense cache. g (L, Hkv, T).
+    of a dense cache. g: the gates of each sample, (L, Hkv, T). Samples are padded on the right, where none looks.
     """
-    device = model.device
+    device, lengths = model.device, [len(sample) for sample in samples]
+    ids = pad_sequence([torch.as_tensor(sample) for sample in samples], batch_first=True).to(device)
 
     def distance(student, teacher):
-        return (student.float() - teacher.float()).square().mean()
+        return torch.stack([(student[b, :n].float() - teacher[b, :n].float()).square().mean()
+                            for b, n in enumerate(lengths)]).mean()
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         with torch.no_grad():
@@ -255,8 +273,9 @@ def distill(model, gates, ids, checkpoint=False, hard=False):
         soft = distance(model(ids, student, checkpoint=checkpoint), teacher)
         with torch.no_grad():
             hard = distance(model(ids, SoftAttention(gates, device, hard=True)), teacher).item() if hard else math.nan
-    g = torch.cat([student.g[i] for i in range(len(student.g))])
-    return soft, hard, admission_cost(g, gates.window), g
+    g = torch.stack([student.g[layer] for layer in range(len(student.g))], dim=1)            # (B, L, Hkv, T)
+    g = [row[..., :n] for row, n in zip(g, lengths)]
+    return soft, hard, torch.stack([admission_cost(row, gates.window) for row in g]).mean(), g
 
 
 def rank_and_size():
@@ -290,29 +309,47 @@ def finish_the_step():
             signal.signal(number, handler)
 
 
-def train(model, gates, optimizer, draw, recipe, done=0, checkpoint=None, save=None, save_every=50, log=None):
+class Samples(Dataset):
+    """Item n: the samples of step n that are this process's, each drawn by its own number."""
+
+    def __init__(self, draw, recipe):
+        self.draw, self.recipe, self.steps, (self.rank, self.size) = draw, recipe, plan(recipe), rank_and_size()
+
+    def __getitem__(self, step):
+        length, first, rows = self.steps[step]
+        return [torch.tensor(self.draw(random.Random(f"{self.recipe.seed}/{n}"), length))
+                for n in range(first + self.rank, first + rows, self.size)]
+
+
+def train(model, gates, optimizer, draw, recipe, done=0, how=None, save=None, save_every=50, log=None):
     """The steps after `done`. Returns (steps done, None or why there are not more of them).
 
-    draw(rng, length) -> a list of ids. checkpoint: see `fit`. save(steps done) and log(a dict) are called if given.
-    Samples go through one by one and their gradients add up: memory is that of one sample, and several processes may
-    share a step's samples. If a loss or gradient is not finite, the gates go back to the last that had a finite one.
+    draw(rng, length) -> a list of ids. how: see `fit`. save(steps done) and log(a dict) are called if given.
+    A step's samples go through a few at a time and their gradients add up: memory is that of a few, and several
+    processes may share them. If a loss or gradient is not finite, the gates go back to the last that had a finite one.
     """
-    (rank, size), steps, parameters = rank_and_size(), plan(recipe), list(gates.parameters())
+    steps, parameters = plan(recipe), list(gates.parameters())
+    # Beside a GPU other processes draw the samples of the next steps. They leave Ctrl-C to this one.
+    workers = min(12, (os.cpu_count() or 1) // rank_and_size()[1] - 1) if model.device.type == "cuda" else 0
+    batches = DataLoader(Samples(draw, recipe), None, sampler=range(done, recipe.steps), num_workers=max(0, workers),
+                         worker_init_fn=lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN))
     total, over = (sum(n * rows for n, _, rows in part) for part in (steps, steps[:done]))
     good, shown = None, math.nan
     with finish_the_step() as asked, tqdm(total=total, initial=over, unit=" tokens", unit_scale=True,
                                           mininterval=1) as bar:
-        for step in range(done, recipe.steps):
-            length, first, rows = steps[step]
-            start, ask_hard = time.perf_counter(), step % 25 == 0 or step == recipe.steps - 1
+        start = time.perf_counter()
+        for step, samples in enumerate(batches, done):
+            (length, _, rows), ask_hard = steps[step], step % 25 == 0 or step == recipe.steps - 1
+            at_once, checkpoint = how[length] if how else (1, False)
             sums = torch.zeros(6, device=model.device)
-            for n in range(first + rank, first + rows, size):
-                ids = torch.tensor([draw(random.Random(f"{recipe.seed}/{n}"), length)], device=model.device)
-                soft, hard, cost, g = distill(model, gates, ids, bool(checkpoint and checkpoint[length]), ask_hard)
-                ((soft + recipe.lam * cost) / rows).backward()
-                admitted = (g >= gates.tau).float().mean().item()
-                sums[:4] += torch.tensor([soft.item(), hard, cost.item(), admitted], device=model.device) / rows
-                sums[4] += ids.numel()
+            for n in range(0, len(samples), at_once):
+                some = samples[n:n + at_once]
+                soft, hard, cost, g = distill(model, gates, some, checkpoint, ask_hard)
+                ((soft + recipe.lam * cost) * len(some) / rows).backward()
+                admitted = torch.stack([(row >= gates.tau).float().mean() for row in g]).mean().item()
+                figures = torch.tensor([soft.item(), hard, cost.item(), admitted], device=model.device)
+                sums[:4] += figures * len(some) / rows
+                sums[4] += sum(map(len, some))
             gradients, sums[5] = [p.grad for p in parameters], len(asked)
             add_up([*gradients, sums])
             soft, hard, cost, admitted, tokens, stop = sums.tolist()
@@ -326,7 +363,8 @@ def train(model, gates, optimizer, draw, recipe, done=0, checkpoint=None, save=N
             optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seconds, shown = time.perf_counter() - start, hard if ask_hard else shown
+            now, shown = time.perf_counter(), hard if ask_hard else shown
+            start, seconds = now, now - start
             if log:
                 log(dict(step=step + 1, loss=soft + recipe.lam * cost, soft=soft, hard=hard if ask_hard else None,
                          cost=cost, admitted=admitted, gradient=norm, length=length, seconds=seconds,
@@ -392,9 +430,9 @@ def validate(model, gates, draw, recipe):
     """
     lengths, sums = recipe.seq_len * max(1, 16 // len(recipe.seq_len)), 0
     for n, length in enumerate(tqdm(lengths, desc="validation", unit=" samples", delay=1, leave=False)):
-        ids = torch.tensor([draw(random.Random(f"{recipe.seed}/validation/{n}"), length)], device=model.device)
         with torch.no_grad():
-            soft, hard, _, g = distill(model, gates, ids, hard=True)
+            soft, hard, _, [g] = distill(model, gates, [draw(random.Random(f"{recipe.seed}/validation/{n}"), length)],
+                                         hard=True)
         heads, tenths = (g >= gates.tau).float().mean(-1).cpu(), torch.histc(g.float(), 10, 0, 1).cpu() / g.numel()
         sums = sums + torch.cat((torch.tensor([soft.item(), hard]), tenths, heads.flatten()))
     (soft, hard), tenths, shares = (sums / len(lengths)).split([2, 10, heads.numel()])
@@ -568,7 +606,7 @@ def run(args, recipe):
     going_on = args.resume and os.path.exists(resume)
     if going_on:
         done = load_resume(resume, gates, optimizer, settings)
-    checkpoint, estimate = fit(model, gates, recipe)
+    how, estimate = fit(model, gates, recipe)
     draw, draw_held_out = samples(args, recipe, documents, model, text)
     say(f"recipe: {recipe_json}\n{estimate}")                        # only now: a mistake is to be one line
     if max(recipe.seq_len) > positions:
@@ -579,7 +617,7 @@ def run(args, recipe):
         say(f"{resume} is there, of a run that was not completed: it will be overwritten (--resume would go on)")
     if first:
         start_log(log, done)
-    done, why = train(model, gates, optimizer, draw, recipe, done, checkpoint, save_every=args.save_every,
+    done, why = train(model, gates, optimizer, draw, recipe, done, how, save_every=args.save_every,
                       save=first and (lambda done: save_resume(resume, gates, optimizer, done, settings)),
                       log=first and (lambda figures: write_log(log, figures)))
     if first and done:

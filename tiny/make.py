@@ -46,7 +46,10 @@ def train_tokenizer(texts, vocab_size):
 
 
 class Documents(torch.utils.data.IterableDataset):
-    """Batches of documents from the mix, without end: ids (B, T), targets (B, T) with -100 for padding, weights."""
+    """Batches of documents from the mix, without end: ids (B, T), targets (B, T), weights (B, T).
+
+    A token of padding weighs 0, of an answer ANSWER_WEIGHT, any other 1.
+    """
 
     def __init__(self, haystack, tokenizer, tokens, batch, seed, mix):
         self.haystack, self.tokenizer, self.tokens, self.batch = haystack, tokenizer, tokens, batch
@@ -76,18 +79,21 @@ def initialise(model):
             torch.nn.init.ones_(p)
 
 
-def make_optimizers(model, lr):
-    """Muon (orthogonalised momentum) for the matrices of the layers, AdamW for embedding and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
-    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "layers" not in n]
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+def token_losses(model, hidden, targets):
+    """Cross-entropy of each token, (B * T)."""
+    return F.cross_entropy(model.logits(hidden).flatten(0, 1).float(), targets.flatten(), reduction="none")
 
 
-def train(model, run, haystack, tokenizer, args):
+def train(model, haystack, tokenizer, args):
     """The curriculum. One progress line every few seconds, a checkpoint every few minutes."""
-    device = torch.device(args.device)
-    optimizers = make_optimizers(model, args.lr)
+    device, losses_of = torch.device(args.device), token_losses
+    if args.compile:                                    # layers are alike, so what is compiled for one serves all
+        losses_of = torch.compile(token_losses, dynamic=False)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    matrices, norms = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)],
+                                  args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     total, done, started, saved, shown = sum(s for _, s, _ in args.stages), 0, time.time(), time.time(), 0.0
     log = []
     for length, steps, mix in args.stages:
@@ -101,19 +107,17 @@ def train(model, run, haystack, tokenizer, args):
             for _ in range(accumulate):
                 ids, targets, weights = (x.to(device, non_blocking=True) for x in next(data))
                 with torch.autocast(device.type, torch.bfloat16):
-                    logits = run(ids)
-                losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+                    losses = losses_of(model, model(ids), targets)
                 w = weights.flatten()
                 (losses * w).sum().div(w.sum() * accumulate).backward()
                 with torch.no_grad():
                     sums += torch.stack([(losses * (w == 1)).sum(), (w == 1).sum(),
                                          (losses * (w > 1)).sum(), (w > 1).sum()])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             done += 1
             if time.time() - shown > args.log_seconds or step == steps - 1:
                 shown, s = time.time(), sums.tolist()
@@ -168,7 +172,7 @@ def main(argv=None):
     parser.add_argument("--hold-out", default="the-moonstone", help="files with this in their name are left out")
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
     parser.add_argument("--start", metavar="FOLDER", help="weights to go on from, instead of random ones")
-    parser.add_argument("--stages", default="256:500:back,256:2000,1024:1200,4096:2400,8192:400",
+    parser.add_argument("--stages", default="256:500:back,256:1500,1024:1000,4096:2400,8192:300",
                         help="length:steps or length:steps:mix, ...")
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that go through the model at once")
@@ -203,10 +207,7 @@ def main(argv=None):
         initialise(model)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {args.device}")
 
-    def run(ids):
-        return model.logits(model(ids))
-
-    log = train(model, torch.compile(run, dynamic=False) if args.compile else run, haystack, tokenizer, args)
+    log = train(model, haystack, tokenizer, args)
     save(model, args.out, log)
 
 
