@@ -219,8 +219,8 @@ def activation_bytes(model, gates, length, checkpoint):
 def fit(model, gates, recipe):
     """({length: (samples side by side, are layers checkpointed)}, the estimate as a line of text).
 
-    UserError if not even one sample fits. Layers are checkpointed where all that they keep would not fit: it costs another forward pass. Short samples of a
-    step go through a GPU side by side, as many as SIDE_BY_SIDE tokens; a CPU is busy with one.
+    UserError if not even one sample fits. Layers are checkpointed where all that they keep would not fit: it costs
+    another forward pass. Short samples of a step go through a GPU side by side, as many as SIDE_BY_SIDE tokens.
     """
     if model.device.type == "cuda":
         torch.cuda.empty_cache()                                     # what is cached counts as taken
