@@ -1,7 +1,7 @@
 """Every figure of speed and quality that the README states.
 
     python bench.py                            prefill and decode with the bundled model, gated beside dense
-    python bench.py all --shape llama-3.1-8b   kernels, prefill, decode and memory at the size of a real model, on a GPU
+    python bench.py all --shape llama-3.1-8b   kernels, prefill, decode, memory and training of a real model, on a GPU
     python bench.py quality --quick            what the bundled model still knows with its gates: minutes on a CPU
     python bench.py quality --data BOOK        the same in an unseen book, beside simpler policies
     python bench.py quality --item 1 --books BOOKS --data BOOK    an experiment (1 to 7) into assets/quality-1.json
@@ -42,6 +42,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train
@@ -194,8 +195,6 @@ def strongest_dense(device):
 def bench_kernels(model, args):
     """One layer's attention, prefill and decode, even and uneven heads: rates beside cuDNN and the read bandwidth."""
     c, device, rates = model.config, model.device, args.ceilings
-    if device.type != "cuda":
-        raise UserError("bench.py kernels needs a CUDA device: what it times is Triton on a card")
     G = c.num_heads // c.num_kv_heads
     shape = SimpleNamespace(num_layers=1, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim)
     layer = SimpleNamespace(config=shape, device=device, dtype=torch.bfloat16)
@@ -396,24 +395,92 @@ def seconds_a_step(model, kv, hidden, steps):
 
 
 def bench_memory(model, args):
-    """Peak memory of reading a prompt and writing 16 tokens, gated, and what it is made of."""
-    admission, rows = admission_of(args, model), []
+    """Peak memory of reading a prompt and writing --steps tokens, gated, what it is made of, and the seconds."""
+    admission, rows, names = admission_of(args, model), [], ("weights", "kept", "reserved", "peak", "rest")
     weights = sum(p.nbytes for p in model.parameters())
-    print("memory, GiB: weights, what is kept, what is held for it, the peak, and the peak less weights and kept")
+    print("GiB: weights, what is kept, what is held for it, the peak, the peak less weights and kept; seconds")
+    print(f"{'tokens':>9}" + "".join(f"{name:>9}" for name in (*names, "read s", "write s")))
     for tokens in args.tokens:
         free_memory(model.device)
-        kv = DualCache(model, admission, tau=args.tau)
-        hidden = prefill(model, kv, [prompt_of(tokens, args, model)], args.chunk)
-        for _ in decode(model, kv, hidden, 16):
+        kv, start = DualCache(model, admission, tau=args.tau), clock(model.device)
+        with tqdm(total=tokens, desc="reading", unit=" tokens", unit_scale=True, delay=5, leave=False) as bar:
+            hidden = prefill(model, kv, [prompt_of(tokens, args, model)], args.chunk, bar.update)
+        read = clock(model.device)
+        for _ in decode(model, kv, hidden, args.steps):
             pass
         peak = peak_bytes(model.device)
-        row = dict(tokens=tokens, weights=weights, kept=kv.kept_bytes(), reserved=kv.reserved_bytes(), peak=peak,
-                   rest=peak - weights - kv.kept_bytes())
+        row = dict(tokens=tokens, steps=args.steps, weights=weights, kept=kv.kept_bytes(), reserved=kv.reserved_bytes(),
+                   peak=peak, rest=peak - weights - kv.kept_bytes(), prefill_s=read - start,
+                   decode_s=clock(model.device) - read)
         rows.append(row)
-        print(f"{tokens:9,}" + "".join(f"{row[name] / 2 ** 30:9.2f}" for name in ("weights", "kept", "reserved", "peak",
-                                                                               "rest")), flush=True)
+        print(f"{tokens:9,}" + "".join(f"{row[name] / 2 ** 30:9.2f}" for name in names)
+              + f"{row['prefill_s']:9.2f}{row['decode_s']:9.2f}", flush=True)
         del kv, hidden
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+def bench_train(model, args):
+    """The student's attention in one layer, beside dense attention without gates (cuDNN) and compiled flex_attention;
+    then a step of training as train.py makes it, the second of three: the others have a hard pass as well."""
+    device, rows = model.device, []
+    print("the student's attention, one layer, ms forward + backward; and a step of training, whole model")
+    for tokens in args.tokens:
+        times = student_times(model.config, tokens, args.window, device)
+        total = {name: median(forward) + median(backward) for name, (forward, backward) in times.items()}
+        print(f"{tokens:9,}  " + ", ".join(f"{name} {median(forward) * 1e3:.2f} + {median(backward) * 1e3:.2f}"
+                                           for name, (forward, backward) in times.items())
+              + f"; ours over cuDNN {total['ours'] / total['cuDNN']:.2f}, flex over ours "
+              f"{total['flex'] / total['ours']:.2f}", flush=True)
+        free_memory(device)
+        recipe = replace(train.PAPER, seq_len=(tokens,), steps=3, window=args.window, tokens_per_step=tokens)
+        gates, lines = Gates.for_model(model, window=args.window), []
+        how, estimate = train.fit(model, gates, recipe)
+        samples = train.Samples(lambda rng, n: rng.choices(range(model.config.vocab_size), k=n), recipe)
+        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe, how=how, log=lines.append)
+        rate, peak = lines[1]["tokens_per_s"], peak_bytes(device)
+        rows.append(dict(tokens=tokens, attention={name: dict(forward_s=forward, backward_s=backward)
+                                                   for name, (forward, backward) in times.items()}, estimate=estimate,
+                         checkpointed=how[tokens][1], peak=peak, step_s=lines[1]["seconds"], tokens_per_s=rate))
+        print(f"{'':9}  {lines[1]['seconds']:.2f} s a step, {rate:,.0f} tokens/s; the paper's 65 million tokens would "
+              f"take {65e6 / rate / 3600:.1f} hours; peak {peak / 2 ** 30:.1f} GiB ({estimate})", flush=True)
+    return rows
+
+
+def student_times(c, tokens, window, device):
+    """{name: ([forward seconds], [backward seconds])} of one layer's attention in training, in turn."""
+    import kernels
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    G = c.num_heads // c.num_kv_heads
+    q, k, v = (torch.randn(1, heads, tokens, c.head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+               for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+    wide_k, wide_v = (x.detach().repeat_interleave(G, dim=1).requires_grad_() for x in (k, v))
+    log_g = torch.rand(1, c.num_kv_heads, tokens, device=device).log().requires_grad_()
+    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=device)
+
+    def bias(score, b, h, i, j):
+        return torch.where(i - j < window, score, score + log_g[b, h // G, j])
+
+    flex = torch.compile(functools.partial(flex_attention, score_mod=bias, block_mask=causal, enable_gqa=True),
+                         dynamic=False)
+    sides = {"ours": (lambda *qkvg: kernels.soft_attention(*qkvg, window), (q, k, v, log_g)),
+             "cuDNN": (lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), (q, wide_k, wide_v)),
+             "flex": (lambda *qkvg: flex(*qkvg[:3]), (q, k, v, log_g))}
+    times, do, runs = {name: ([], []) for name in sides}, torch.randn_like(q), 3 if tokens > 16384 else 7
+    for run in range(runs + 2):
+        for name, (attend, inputs) in sides.items():
+            a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+                a.record()
+                out = attend(*inputs)
+                b.record()
+                torch.autograd.grad(out, inputs, do)
+                c.record()
+            torch.cuda.synchronize()
+            for some, seconds in zip(times[name], (a.elapsed_time(b) / 1e3, b.elapsed_time(c) / 1e3)):
+                some += [seconds] * (run > 1)
+    return times
 
 
 def transformers_model(args):
@@ -792,23 +859,41 @@ class Experiment:
         return train.samples(SimpleNamespace(data=plain and self.args.books), replace(self.recipe, tasks=not plain),
                              documents, self.model, self.text)[0]
 
+    @functools.cache
+    def samples(self, source):
+        """The samples of each step, as train.Samples has them: drawn once, into --work, for all gates of a source."""
+        facts = {name: self.settings["train"][name] for name in ("seed", "seq_len", "tokens_per_step", "steps")}
+        path = self.kept(f"{source}-samples-{{}}.pt", source, self.recipe.haystack_tokens, facts)
+        if not path.exists():
+            drawn, steps = train.Samples(self.draw(source), self.recipe), range(self.recipe.steps)
+            small = torch.int16 if self.model.config.vocab_size < 2 ** 15 else torch.int32
+            loader = DataLoader(drawn, None, sampler=steps, num_workers=train.workers(self.model.device))
+            drawn = [[ids.to(small) for ids in step] for step in tqdm(loader, desc=path.name, unit=" steps", delay=1)]
+            torch.save(drawn, f"{path}.part")
+            Path(f"{path}.part").replace(path)
+        return torch.load(path, weights_only=True)
+
+    def kept(self, name, source, *facts):
+        """The path in --work of what depends on the model, a source and these facts: a mark of them goes into {}."""
+        Path(self.args.work).mkdir(parents=True, exist_ok=True)
+        mark = digest(self.settings["weights"], source, source != "own" and self.settings["books"], *facts)[:8]
+        return Path(self.args.work, name.format(mark).replace(" ", "-"))
+
     def gates(self, lam, window=None, expansion=None, source=None, inputs="both"):
         """Gates trained with these settings: those in the folder --work, or else new ones, which go there."""
         recipe = replace(self.recipe, lam=lam, window=window or self.recipe.window, expansion=expansion or
                          self.recipe.expansion)
         source = source or ("books" if self.args.books else "own")
-        name = digest(asdict(recipe), self.settings["weights"], source, source != "own" and self.settings["books"])
-        path = Path(self.args.work, f"{source.replace(' ', '-')}-lam{lam:g}-W{recipe.window}-E{recipe.expansion:g}-"
-                                    f"{inputs}-{name[:8]}.safetensors")
+        path = self.kept(f"{source}-lam{lam:g}-W{recipe.window}-E{recipe.expansion:g}-{inputs}-{{}}.safetensors",
+                         source, asdict(recipe))
         if not path.exists():
             say(f"training {path}")
-            path.parent.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(recipe.seed)
             gates = Gates.for_model(self.model, window=recipe.window, tau=recipe.tau, expansion=recipe.expansion)
             leave_out(gates, inputs)
             optimizer = torch.optim.AdamW(gates.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
             how, _ = train.fit(self.model, gates, recipe)
-            why = train.train(self.model, gates, optimizer, self.draw(source), recipe, how=how)[1]
+            why = train.train(self.model, gates, optimizer, self.samples(source), recipe, how=how)[1]
             if why:
                 raise KeyboardInterrupt if why == "interrupted" else UserError(f"{path}: {why}")
             gates.eval().requires_grad_(False).save(path, self.model, lam, json.dumps(asdict(recipe)))
@@ -1192,7 +1277,7 @@ def check_quality(args, what):
 def main(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     benches = dict(kernels=bench_kernels, prefill=bench_prefill, decode=bench_decode, memory=bench_memory,
-                   quality=bench_quality)
+                   train=bench_train, quality=bench_quality)
     parser.add_argument("what", nargs="*", default=["prefill", "decode"], metavar="WHAT",
                         help=f"{', '.join(benches)} or all (all but quality)")
     model_options(parser)
@@ -1207,7 +1292,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=1, help="decode: sequences, from half of --tokens up to all of it")
     parser.add_argument("--chunk", type=int, help="prompt tokens read at once (4096; on a GPU 8192)")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=32, help="decode: steps a run")
+    parser.add_argument("--steps", type=int, default=32, help="decode, memory: tokens written")
     parser.add_argument("--plain", action="store_true", help="kernels: the plain Triton prefill kernel as well")
     parser.add_argument("--item", type=int, nargs="+", action="extend", default=[], choices=ITEMS,
                         help="quality: these experiments, each into its assets/quality-N.json")
@@ -1247,9 +1332,11 @@ def main(argv=None):
         args.admit = "0.25"
     model = random_model(args) if args.shape else load_model(args)
     args.chunk = args.chunk or (8192 if model.device.type == "cuda" else 4096)
-    if "all" in args.what and model.device.type != "cuda":
-        what.remove("kernels")
-        say("kernels is left out: what it times is Triton on a CUDA device")
+    for name in [name for name in ("kernels", "train") if name in what and model.device.type != "cuda"]:
+        if "all" not in args.what:
+            raise UserError(f"bench.py {name} needs a CUDA device: what it times is Triton on a card")
+        what.remove(name)
+        say(f"{name} is left out: what it times is Triton on a CUDA device")
     args.ceilings = ceilings(model.device)
     about = dict(machine(model.device), model=model.name, date=time.strftime("%Y-%m-%d"), ceilings=args.ceilings,
                  admit=args.admit, window=args.window, chunk=args.chunk, batch=args.batch)

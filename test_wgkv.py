@@ -1817,7 +1817,8 @@ def test_training_lowers_what_it_is_asked_to_lower(tiny):
                 return train.distill(model, gates, [ids])[3][0].mean().item()
         before = mean_gate()
         recipe = train.Recipe(lr=3e-3, steps=8, tokens_per_step=300, seq_len=(300,), lam=lam)
-        assert train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids, recipe) == (8, None)
+        samples, optimizer = train.Samples(lambda rng, n: ids, recipe), torch.optim.AdamW(gates.parameters())
+        assert train.train(model, gates, optimizer, samples, recipe) == (8, None)
         assert sign * (mean_gate() - before) > 0.01
 
 
@@ -1842,7 +1843,8 @@ def test_a_step_is_the_mean_of_its_samples(tiny):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
         recipe = train.Recipe(steps=1, tokens_per_step=256 * rows, seq_len=(256,))
-        train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids, recipe, log=lines.append)
+        samples, optimizer = train.Samples(lambda rng, n: ids, recipe), torch.optim.AdamW(gates.parameters())
+        train.train(model, gates, optimizer, samples, recipe, log=lines.append)
     for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4)
 
@@ -1855,8 +1857,9 @@ def test_samples_side_by_side(tiny):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
         recipe = train.Recipe(steps=1, tokens_per_step=3 * 256, seq_len=(256,))
-        train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: ids[:rng.randint(60, 256)],
-                    recipe, how={256: (at_once, False)}, log=lines.append)
+        samples = train.Samples(lambda rng, n: ids[:rng.randint(60, 256)], recipe)
+        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe, how={256: (at_once, False)},
+                    log=lines.append)
         trained.append(torch.cat([p.detach().flatten() for p in gates.parameters()]))
     for other in (1, 2):
         for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
@@ -2253,7 +2256,8 @@ def test_a_left_out_input_stays_out(tiny):
         bench.leave_out(gates, inputs)
         start = [p.clone() for p in gates.parameters()]
         recipe = train.Recipe(steps=2, tokens_per_step=100, seq_len=(100,), lam=1.0)
-        train.train(model, gates, torch.optim.AdamW(gates.parameters()), lambda rng, n: text.encode(STORY)[:n], recipe)
+        samples = train.Samples(lambda rng, n: text.encode(STORY)[:n], recipe)
+        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe)
         assert all(not torch.equal(a, b) or not a.any() for a, b in zip(start, gates.parameters()))
         k, other = torch.randn(2, 1, 4, 9, 32)
         keys = [(k, x) if inputs == "before" else (x, k) for x in (k, other)]

@@ -260,7 +260,7 @@ def distill(model, gates, samples, checkpoint=False, hard=False):
     of a dense cache. g: the gates of each sample, (L, Hkv, T). Samples are padded on the right, where none looks.
     """
     device, lengths = model.device, [len(sample) for sample in samples]
-    ids = pad_sequence([torch.as_tensor(sample) for sample in samples], batch_first=True).to(device)
+    ids = pad_sequence([torch.as_tensor(sample) for sample in samples], batch_first=True).to(device).long()
 
     def distance(student, teacher):
         return torch.stack([(student[b, :n].float() - teacher[b, :n].float()).square().mean()
@@ -310,7 +310,8 @@ def finish_the_step():
 
 
 class Samples(Dataset):
-    """Item n: the samples of step n that are this process's, each drawn by its own number."""
+    """samples[n]: those of step n that are this process's, tensors of ids, each by draw(rng, length) of its own number.
+    """
 
     def __init__(self, draw, recipe):
         self.draw, self.recipe, self.steps, (self.rank, self.size) = draw, recipe, plan(recipe), rank_and_size()
@@ -321,29 +322,36 @@ class Samples(Dataset):
                 for n in range(first + self.rank, first + rows, self.size)]
 
 
-def train(model, gates, optimizer, draw, recipe, done=0, how=None, save=None, save_every=50, log=None):
+def workers(device):
+    """How many processes may draw samples beside a GPU, which is faster than one; none beside a CPU, which is busy."""
+    return max(0, min(12, (os.cpu_count() or 1) // rank_and_size()[1] - 1)) if device.type == "cuda" else 0
+
+
+def leave_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # to the process that trains
+
+
+def train(model, gates, optimizer, samples, recipe, done=0, how=None, save=None, save_every=50, log=None):
     """The steps after `done`. Returns (steps done, None or why there are not more of them).
 
-    draw(rng, length) -> a list of ids. how: see `fit`. save(steps done) and log(a dict) are called if given.
-    A step's samples go through a few at a time and their gradients add up: memory is that of a few, and several
-    processes may share them. If a loss or gradient is not finite, the gates go back to the last that had a finite one.
+    samples: see `Samples`. how: see `fit`. save(steps done) and log(a dict) are called if given. A step's samples go
+    through a few at a time and their gradients add up: memory is that of a few, and several processes may share them.
+    If a loss or gradient is not finite, the gates go back to the last that had a finite one.
     """
     steps, parameters = plan(recipe), list(gates.parameters())
-    # Beside a GPU other processes draw the samples of the next steps. They leave Ctrl-C to this one.
-    workers = min(12, (os.cpu_count() or 1) // rank_and_size()[1] - 1) if model.device.type == "cuda" else 0
-    batches = DataLoader(Samples(draw, recipe), None, sampler=range(done, recipe.steps), num_workers=max(0, workers),
-                         worker_init_fn=lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    batches = DataLoader(samples, None, sampler=range(done, recipe.steps), num_workers=workers(model.device),
+                         worker_init_fn=leave_ctrl_c)
     total, over = (sum(n * rows for n, _, rows in part) for part in (steps, steps[:done]))
     good, shown = None, math.nan
     with finish_the_step() as asked, tqdm(total=total, initial=over, unit=" tokens", unit_scale=True,
                                           mininterval=1) as bar:
         start = time.perf_counter()
-        for step, samples in enumerate(batches, done):
+        for step, here in enumerate(batches, done):
             (length, _, rows), ask_hard = steps[step], step % 25 == 0 or step == recipe.steps - 1
             at_once, checkpoint = how[length] if how else (1, False)
             sums = torch.zeros(6, device=model.device)
-            for n in range(0, len(samples), at_once):
-                some = samples[n:n + at_once]
+            for n in range(0, len(here), at_once):
+                some = here[n:n + at_once]
                 soft, hard, cost, g = distill(model, gates, some, checkpoint, ask_hard)
                 ((soft + recipe.lam * cost) * len(some) / rows).backward()
                 admitted = torch.stack([(row >= gates.tau).float().mean() for row in g]).mean().item()
@@ -617,7 +625,7 @@ def run(args, recipe):
         say(f"{resume} is there, of a run that was not completed: it will be overwritten (--resume would go on)")
     if first:
         start_log(log, done)
-    done, why = train(model, gates, optimizer, draw, recipe, done, how, save_every=args.save_every,
+    done, why = train(model, gates, optimizer, Samples(draw, recipe), recipe, done, how, save_every=args.save_every,
                       save=first and (lambda done: save_resume(resume, gates, optimizer, done, settings)),
                       log=first and (lambda figures: write_log(log, figures)))
     if first and done:

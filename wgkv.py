@@ -457,7 +457,7 @@ class DualCache(Cache):
                     top = int(layer["free_count"])
                     layer["free"][top:top + len(pages)] = pages
                     layer["free_count"] += len(pages)
-                    layer["count"][row] = 0
+                    layer["count"][row], layer["table"][row] = 0, 0
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
@@ -466,11 +466,12 @@ class DualCache(Cache):
                 self.prepare(max(T, P))
             self.ready -= T
         else:
-            self.slot = self.seen % self.window                             # (B): where a single new token goes
-            self.filled = (self.seen + self.new).clamp(max=self.window).tolist()        # slots in use, with its own
-            self.alive = torch.arange(self.B, device=self.device)
-            if lengths is not None:
-                self.alive = self.new.nonzero()[:, 0]
+            # For `decode`, the same in all layers: the rows with a new token, its place among the slots of all rings,
+            # and how many slots of each row's ring are in use with it.
+            seen, new = (x.repeat_interleave(self.Hkv) for x in (self.seen, self.new))
+            self.rows = slice(None) if lengths is None else new.nonzero()[:, 0]
+            self.place = (torch.arange(len(seen), device=self.device) * self.window + seen % self.window)[self.rows]
+            self.filled = (seen + new).clamp(max=self.window)
         return positions
 
     def prepare(self, tokens):
@@ -550,26 +551,38 @@ class DualCache(Cache):
             self.kernels.remember(c, k, v, g, self.seen, self.new, self.tau)
             return self.kernels.decode_attention(q, c["ring_k"], c["ring_v"], c["ring_g"], c["page_k"], c["page_v"],
                                                  c["table"], c["count"])
-        b, slot = self.alive, self.slot
-        leaves = c["ring_g"][torch.arange(self.B, device=self.device), :, slot] >= self.tau             # (B, Hkv)
-        leaves = leaves & (self.new > 0)[:, None]
-        if leaves.any():
-            counts = c["count"].view(self.B, self.Hkv, 1) + leaves[..., None]
-            positions = (self.seen - self.window)[:, None]
-            victims = (take(c[ring], slot[:, None]) for ring in ("ring_k", "ring_v"))                   # (B, Hkv, 1, D)
-            self.promote(c, leaves[..., None], counts, *victims, positions)
-        for ring, new in (("ring_k", k), ("ring_v", v), ("ring_g", g)):
-            c[ring][b, :, slot[b]] = new[b, :, 0]
-        # Row by row, as lengths differ: its pages, then what there is of its ring. Slots fill in order.
-        out, G = torch.empty_like(q), q.shape[1] // self.Hkv               # the G queries of a row see the same keys
-        for b in range(self.B):
-            for h in range(self.Hkv):
-                keys, values = (torch.cat((self.row(c, page, b, h), c[ring][b, h, :self.filled[b]]))[None, None]
-                                for page, ring in (("page_k", "ring_k"), ("page_v", "ring_v")))
-                heads = slice(h * G, h * G + G)
-                y = F.scaled_dot_product_attention(q[b, heads].view(1, 1, G, -1), keys, values)
-                out[b, heads] = y.view(G, 1, -1)
-        return out
+        rows, W, D = self.B * self.Hkv, self.window, self.D
+        ring_k, ring_v, ring_g = (c[name].view(rows * W, -1) for name in ("ring_k", "ring_v", "ring_g"))
+        leaves = ring_g.index_select(0, self.place)[:, 0] >= self.tau
+        if leaves.any():                                                    # few rows at a time: one by one
+            for place in self.place[leaves].tolist():
+                row, n = place // W, int(c["count"][place // W])
+                if n % P == 0:                                              # its last page is full
+                    self.reserve(c, 1, n // P + 1, int(c["free_count"]))
+                    c["free_count"] -= 1
+                    c["table"][row, n // P] = c["free"][int(c["free_count"])]
+                page, n = int(c["table"][row, n // P]), n % P
+                c["page_k"][page, n], c["page_v"][page, n] = ring_k[place], ring_v[place]
+                c["page_pos"][page, n] = self.seen[row // self.Hkv] - W
+                c["count"][row] += 1
+        for ring, new in ((ring_k, k), (ring_v, v), (ring_g, g)):
+            ring.index_copy_(0, self.place, new.reshape(rows, -1)[self.rows])
+        # Pages are read where they lie, each by the queries of its row: q goes to the pages by the table, the scores
+        # come back by it, and so it is with weights and values. Only scores are padded to the longest row.
+        q, table = q.reshape(rows, -1, D) / math.sqrt(D), c["table"].long()             # (B * Hkv, G, D), (B * Hkv, M)
+        page_q = q.new_zeros(len(c["page_k"]), *q.shape[1:])
+        page_q[table] = q[:, None]
+        older = torch.bmm(page_q, c["page_k"].transpose(1, 2))[table].transpose(1, 2).flatten(2)
+        recent = torch.bmm(q, ring_k.view(rows, W, D).transpose(1, 2))
+        scores = torch.cat((recent, older), dim=2)                                      # (B * Hkv, G, W + M * P)
+        # A row has nothing in pages before its ring is full, so what it sees is one stretch from the beginning.
+        unseen = torch.arange(scores.shape[2], device=self.device) >= (self.filled + c["count"])[:, None, None]
+        weights = scores.masked_fill_(unseen, -math.inf).softmax(dim=2)
+        page_weights = q.new_zeros(len(page_q), q.shape[1], P)
+        page_weights[table] = weights[:, :, W:].unflatten(2, (-1, P)).transpose(1, 2)
+        page_weights[0] = 0                            # page 0 is nobody's: the NaN of one row would reach the others
+        older = torch.bmm(page_weights, c["page_v"])[table].sum(dim=1)
+        return torch.baddbmm(older, weights[:, :, :W], ring_v.view(rows, W, D)).view(self.B, -1, 1, D)
 
     def row(self, c, name, b, h):
         """The admitted tokens of one row, oldest first: (count, ...) out of its pages."""
