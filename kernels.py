@@ -631,214 +631,28 @@ def merge(part_o, part_m, part_l, out, row, first, parts, G: tl.constexpr, GM: t
     tl.store(out + (row * G + g).to(tl.int64)[:, None] * D + d[None, :], y, (g < G)[:, None] & (d < D)[None, :])
 
 
-# -------------------------------------------------------------------------------------------------- decode on Hopper
-# The same list in the same shares, one program a multiprocessor: one warp copies tiles of K and V, as many ahead as
-# shared memory holds, and four multiply. Reading never waits for arithmetic, nor for the next page's number.
-
-@gluon.jit
-def add(a, b):
-    return a + b
-
-
-@gluon.jit
-def hopper_share(count, rows, W, P: gl.constexpr, RP: gl.constexpr, warps: gl.constexpr):
-    """(tokens, pages, tiles and running sum of tiles of each row; this program's tiles u .. hi of programs, total)."""
-    r = gl.arange(0, RP, layout=gl.BlockedLayout([RP // 32 if RP > 32 else 1], [32], [warps], [0]))
-    counts = gl.load(count + r, r < rows, 0).to(gl.int32)
-    pages_of = (counts + P - 1) // P
-    units_of = gl.where(r < rows, pages_of + (W + P - 1) // P, 0)
-    stops = gl.associative_scan(units_of, 0, add)
-    total = gl.sum(units_of, 0).to(gl.int64)
-    programs = gl.maximum(gl.minimum(gl.num_programs(0), total), 1)
-    pid = gl.program_id(0)
-    hi = (total * (pid + 1) // programs).to(gl.int32)
-    return counts, pages_of, units_of, stops, (total * pid // programs).to(gl.int32), gl.where(
-        pid < programs, hi, 0), programs, total
-
-
-@gluon.jit
-def hopper_row(counts, pages_of, units_of, stops, u, RP: gl.constexpr):
-    """The row that tile u of the list belongs to: (row, its first tile, its end, its pages, its tokens)."""
-    row = gl.sum((stops <= u).to(gl.int32), 0)
-    here = gl.arange(0, RP, layout=stops.type.layout) == row
-    stop = gl.sum(gl.where(here, stops, 0), 0)
-    return row, stop - gl.sum(gl.where(here, units_of, 0), 0), stop, gl.sum(gl.where(here, pages_of, 0), 0), gl.sum(
-        gl.where(here, counts, 0), 0)
-
-
-@gluon.jit
-def hopper_decode_copy(page_k, page_v, ring_k, ring_v, table, count, rows, columns, W, bars, buffers, P: gl.constexpr,
-                       RP: gl.constexpr, SLOTS: gl.constexpr):
-    full, free = bars
-    k_buffer, v_buffer = buffers
-    counts, pages_of, units_of, stops, u, hi, programs, total = hopper_share(count, rows, W, P, RP, 1)
-    n = 0
-    while u < hi:
-        row, start, stop, pages, tokens = hopper_row(counts, pages_of, units_of, stops, u, RP)
-        last = gl.minimum(hi, stop)
-        mine = table + row.to(gl.int64) * columns
-        page = gl.load(mine + (u - start), u - start < pages, 0)
-        for i in range(u - start, last - start):
-            slot = n % SLOTS
-            mbarrier.wait(free.index(slot), (n // SLOTS & 1) ^ 1)
-            mbarrier.expect(full.index(slot), 2 * page_k.block_type.nbytes)
-            if i < pages:
-                at = page * P
-                page = gl.load(mine + i + 1, i + 1 < pages, 0)              # a step ahead
-                tma.async_copy_global_to_shared(page_k, [at, 0], full.index(slot), k_buffer.index(slot))
-                tma.async_copy_global_to_shared(page_v, [at, 0], full.index(slot), v_buffer.index(slot))
-            else:
-                at = row * W + (i - pages) * P
-                tma.async_copy_global_to_shared(ring_k, [at, 0], full.index(slot), k_buffer.index(slot))
-                tma.async_copy_global_to_shared(ring_v, [at, 0], full.index(slot), v_buffer.index(slot))
-            n += 1
-        u = last
-
-
-@gluon.jit
-def hopper_decode_attend(q, ring_g, count, part_o, part_m, part_l, tickets, out, scale, rows, W, bars, buffers,
-                         G: gl.constexpr, GM: gl.constexpr, D: gl.constexpr, P: gl.constexpr, RP: gl.constexpr,
-                         SLOTS: gl.constexpr):
-    """The G queries of a row are the first of the 64 that the matrix unit takes; the others are 0 and go nowhere."""
-    full, free = bars
-    k_buffer, v_buffer = buffers
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    counts, pages_of, units_of, stops, u, hi, programs, total = hopper_share(count, rows, W, P, RP, 4)
-    zero = gl.zeros([64, P], gl.float32, s_layout)
-    n = 0
-    while u < hi:
-        row, start, stop, pages, tokens = hopper_row(counts, pages_of, units_of, stops, u, RP)
-        last = gl.minimum(hi, stop)
-        g = gl.arange(0, 64, layout=gl.SliceLayout(1, q_layout))
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, q_layout))
-        Q = gl.load(q + (row * G + g).to(gl.int64)[:, None] * D + d[None, :], (g < G)[:, None], 0.)
-        m = gl.full([64], NEVER, gl.float32, gl.SliceLayout(1, s_layout))
-        l = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
-        o = gl.zeros([64, D], gl.float32, o_layout)
-        for i in range(u - start, last - start):
-            slot = n % SLOTS
-            mbarrier.wait(full.index(slot), n // SLOTS & 1)
-            s = warpgroup_mma(Q, k_buffer.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, (s,))
-            if (i + 1) * P > tokens:                                        # the last page, or the ring
-                place = i * P + gl.arange(0, P, layout=gl.SliceLayout(0, s_layout))
-                at = place - pages * P
-                g_of = gl.load(ring_g + row.to(gl.int64) * W + at, (at >= 0) & (at < W), -float("inf"))
-                s = gl.where(((place < tokens) | (g_of > -float("inf")))[None, :], s, UNSEEN)
-            m_new = gl.maximum(m, gl.max(s, 1))
-            p = gl.exp2(s * scale - (m_new * scale)[:, None])
-            shrink = gl.exp2((m - m_new) * scale)
-            l = l * shrink + gl.sum(p, 1)
-            m = m_new
-            o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-            o = warpgroup_mma(gl.convert_layout(p.to(Q.dtype), p_layout), v_buffer.index(slot), o, is_async=True)
-            o = warpgroup_mma_wait(0, (o,))
-            mbarrier.arrive(free.index(slot))
-            n += 1
-        first = (((start + 1) * programs - 1) // total).to(gl.int32)
-        parts = ((stop * programs - 1) // total).to(gl.int32) - first + 1
-        g = gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-        if parts == 1:
-            y = (o / gl.convert_layout(l, gl.SliceLayout(1, o_layout))[:, None]).to(Q.dtype)
-            gl.store(out + (row * G + g).to(gl.int64)[:, None] * D + d[None, :], y, (g < G)[:, None])
-        else:
-            slot = (gl.program_id(0) + row).to(gl.int64) * GM
-            r = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-            gl.store(part_m + slot + r, m * scale, r < G)
-            gl.store(part_l + slot + r, l, r < G)
-            gl.store(part_o + (slot + g)[:, None] * D + d[None, :], o, (g < G)[:, None])
-            everyone()                                                      # every thread's part before the ticket
-            if gl.atomic_add(tickets + row, 1, sem="acq_rel") == parts - 1:
-                hopper_merge(part_o, part_m, part_l, out, row, first, parts, G, GM, D)
-                gl.store(tickets + row, 0)
-        u = last
-
-
-@gluon.jit
-def hopper_merge(part_o, part_m, part_l, out, row, first, parts, G: gl.constexpr, GM: gl.constexpr, D: gl.constexpr):
-    """As `merge`: the largest m, and then a plain sum, with 16 reads under way at a time."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    wide: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [4, 1], [0, 1])
-    i = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
-    g = gl.arange(0, GM, layout=gl.SliceLayout(0, wide))
-    m = gl.full([GM], NEVER, gl.float32, gl.SliceLayout(0, wide))
-    for start in range(0, parts, 64):
-        at = (first + start + i + row).to(gl.int64)[:, None] * GM + g[None, :]
-        here = (start + i < parts)[:, None] & (g < G)[None, :]
-        m = gl.maximum(m, gl.max(gl.load(part_m + at, here, NEVER, cache_modifier=".cg"), 0))
-    m = gl.convert_layout(m, gl.SliceLayout(1, layout))
-    g = gl.arange(0, GM, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    l = gl.zeros([GM], gl.float32, gl.SliceLayout(1, layout))
-    o = gl.zeros([GM, D], gl.float32, layout)
-    for start in range(0, parts, 16):
-        for n in gl.static_range(16):
-            at = (first + start + n + row).to(gl.int64) * GM + g
-            here = (start + n < parts) & (g < G)
-            weight = gl.exp2(gl.load(part_m + at, here, UNSEEN, cache_modifier=".cg") - m)
-            l += gl.load(part_l + at, here, 0., cache_modifier=".cg") * weight
-            o += gl.load(part_o + at[:, None] * D + d[None, :], here[:, None], 0., cache_modifier=".cg"
-                         ) * weight[:, None]
-    y = (o / l[:, None]).to(out.dtype.element_ty)
-    gl.store(out + (row * G + g).to(gl.int64)[:, None] * D + d[None, :], y, (g < G)[:, None])
-
-
-@gluon.jit(do_not_specialize=AS_THEY_COME)
-def hopper_decode_kernel(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, part_o, part_m, part_l, tickets, out,
-                         scale, rows, columns, W, G: gl.constexpr, GM: gl.constexpr, D: gl.constexpr, P: gl.constexpr,
-                         RP: gl.constexpr, SLOTS: gl.constexpr):
-    k_buffer = gl.allocate_shared_memory(page_k.dtype, [SLOTS, P, D], page_k.layout)
-    v_buffer = gl.allocate_shared_memory(page_v.dtype, [SLOTS, P, D], page_v.layout)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
-    bars, buffers = (full, free), (k_buffer, v_buffer)
-    gl.warp_specialize([
-        (hopper_decode_attend, (q, ring_g, count, part_o, part_m, part_l, tickets, out, scale, rows, W, bars, buffers,
-                                G, GM, D, P, RP, SLOTS)),
-        (hopper_decode_copy, (page_k, page_v, ring_k, ring_v, table, count, rows, columns, W, bars, buffers, P, RP,
-                              SLOTS)),
-    ], [1], [56])
-
-
-everyone = getattr(gl, "barrier", None) or gl.thread_barrier               # its names before and after Triton 3.7
-
-
-def decode_attention(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, programs=None, plain=False):
+def decode_attention(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, programs=None):
     """Attention of one new token a sequence over its rows' pages and rings, the token itself being remembered already.
 
     q (B, Hq, 1, D) contiguous; ring_k, ring_v (B, Hkv, W, D), ring_g (B, Hkv, W) fp32, -inf in slots never written, or
     None three times; pages and table as above; count (B * Hkv) int64. Returns (B, Hq, 1, D). The reference is the end
-    of wgkv.DualCache.decode. plain: as in prefill_attention.
+    of wgkv.DualCache.decode.
     """
     B, Hq, _, D = q.shape
     rows, W = len(count), 0 if ring_k is None else ring_k.shape[2]
     G = Hq * B // rows
-    hopper = not plain and on_hopper(q) and W % P == 0                     # or a tile would reach into another's ring
     GP, DP = max(16, triton.next_power_of_2(G)), max(16, triton.next_power_of_2(D))
-    if programs is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        programs = processors if hopper else 2 * processors
+    if programs is None:                               # one a multiprocessor: two leave twice the parts to merge
+        programs = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     GM = triton.next_power_of_2(G)
     part_o = torch.empty(programs + rows, GM, DP, device=q.device, dtype=torch.float32)
     part_m, part_l = (torch.empty(programs + rows, GM, device=q.device, dtype=torch.float32) for _ in range(2))
     out = torch.empty_like(q)
-    kernel, sizes = decode_kernel, dict(GP=GP, DP=DP, RING=W > 0, MERGE=max(1, min(16, 8192 // (GM * DP))),
-                                        BYTES=q.itemsize, num_stages=stages(DP, q.dtype))
-    if hopper:
-        page_k, page_v, ring_k, ring_v = hopper_tiles(*(x.view(-1, D) for x in (
-            page_k, page_v, *((ring_k, ring_v) if W else (page_k, page_v)))))
-        ring_g = ring_g if W else part_m                                   # never read without a ring
-        kernel, sizes = hopper_decode_kernel, dict(SLOTS=768 // D)
-    kernel[(programs,)](q, ring_k, ring_v, ring_g, page_k, page_v, table, count, part_o, part_m, part_l,
-                        tickets(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, table.shape[1], W, G=G,
-                        GM=GM, D=D, P=P, RP=triton.next_power_of_2(rows), num_warps=4, **sizes)
+    decode_kernel[(programs,)](q, ring_k, ring_v, ring_g, page_k, page_v, table, count, part_o, part_m, part_l,
+                               tickets(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, table.shape[1], W,
+                               G=G, GP=GP, D=D, DP=DP, RP=triton.next_power_of_2(rows), P=P, RING=W > 0, GM=GM,
+                               MERGE=max(1, min(32, 16384 // (GM * DP))), BYTES=q.itemsize,
+                               num_warps=4, num_stages=stages(DP, q.dtype))
     return out
 
 
