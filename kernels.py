@@ -651,8 +651,8 @@ def decode_attention(q, ring_k, ring_v, ring_g, page_k, page_v, table, count, pr
     decode_kernel[(programs,)](q, ring_k, ring_v, ring_g, page_k, page_v, table, count, part_o, part_m, part_l,
                                tickets(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, table.shape[1], W,
                                G=G, GP=GP, D=D, DP=DP, RP=triton.next_power_of_2(rows), P=P, RING=W > 0, GM=GM,
-                               MERGE=max(1, min(32, 16384 // (GM * DP))), BYTES=q.itemsize,
-                               num_warps=4, num_stages=stages(DP, q.dtype))
+                               MERGE=max(1, min(32, 16384 // (GM * DP))), BYTES=q.itemsize, num_warps=4,
+                               num_stages=6 if on_hopper(q) else stages(DP, q.dtype))
     return out
 
 

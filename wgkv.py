@@ -476,7 +476,7 @@ class DualCache(Cache):
 
     def prepare(self, tokens):
         """Set pages aside for so many more tokens a row, so that a call with them asks the device for nothing."""
-        extra = pages_for(tokens) + 1
+        extra = pages_for(tokens)                      # at most: what is left of a row's last page comes first
         numbers = torch.stack([torch.stack((pages_for(c["count"].max()), c["free_count"][0])) for c in self.layers])
         for c, (used, free_count) in zip(self.layers, numbers.tolist()):
             self.reserve(c, self.B * self.Hkv * extra, used + extra, free_count)
@@ -674,8 +674,9 @@ class SoftAttention:
 
         score(i, j) = q_i . k_j / sqrt(D) + ( 0 if i - j < W else log g_j )          (g at least GATE_FLOOR)
 
-    With hard=True the bias is 0 or -inf, as at inference. After a forward pass `g` has each layer's gates (B, Hkv, T):
-    stored by layer, so that a checkpointed layer may run twice.
+    With hard=True the bias is 0 or -inf, as at inference. After a forward pass `g` has each layer's gates (B, Hkv, T).
+    One of these for each pass: a checkpointed layer runs again in the backward pass, and what it makes then must not
+    take the place of the first, or all that the second run has computed would stay in memory behind it.
     """
 
     def __init__(self, gates, device, hard=False):
@@ -690,7 +691,8 @@ class SoftAttention:
 
     def attend(self, layer, q, k, v, cos, sin):
         q, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
-        g = self.g[layer] = self.gates.gate(layer, k, k_rotated, self.positions)
+        g = self.gates.gate(layer, k, k_rotated, self.positions)
+        self.g.setdefault(layer, g)
         if self.hard:
             log_g = torch.where(g >= self.gates.tau, 0.0, -math.inf)
         else:
