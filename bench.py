@@ -48,7 +48,7 @@ from tqdm import tqdm
 import train
 from generate import (HERE, Parser, Text, TextStream, check_writable, clock, decode, load_model, make_admission,
                       model_options, peak_bytes, prefill, run_program, write_whole)
-from model import Config, Llama, UserError, rotate, say
+from model import Config, Llama, UserError, attention, rotate, say
 from tiny import tasks
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, fingerprint
 
@@ -614,7 +614,7 @@ class Watch(SoftAttention):
         grouped = q[:, :, -n:].reshape(B, Hkv, -1, n, D).float()
         scores = (grouped @ k[:, :, None].float().transpose(-1, -2) / D ** 0.5).masked_fill(later, -torch.inf)
         self.g[layer] = scores.softmax(dim=-1).mean(dim=(2, 3))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attention(q, k, v, is_causal=True)
 
 
 @torch.no_grad()

@@ -197,6 +197,18 @@ def rotate(x, cos, sin):
 
 # --------------------------------------------------------------------------------------------------------- the model
 
+def attention(q, k, v, mask=None, is_causal=False):
+    """torch's own attention, (B, Hq, T, D), where query head h reads KV head h // G of k, v (B, Hkv, S, D).
+
+    On a GPU none of its fused kernels takes fp32 with fewer KV heads, and what is left holds all T x S scores at once:
+    so there the KV heads are repeated.
+    """
+    G = q.shape[1] // k.shape[1]
+    if G > 1 and q.is_cuda and q.dtype == torch.float32:
+        k, v, G = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=G > 1)
+
+
 class CausalAttention:
     """The `kv` of a call without one: every token sees itself and all before it in the call; nothing is remembered."""
 
@@ -207,8 +219,7 @@ class CausalAttention:
         return torch.arange(T, device=self.device)[None]
 
     def attend(self, layer, q, k, v, cos, sin):
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
 
     def end(self):
         pass

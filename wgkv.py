@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from model import UserError, open_tensors, rotate, say
+from model import UserError, attention, open_tensors, rotate, say
 
 P = 64                      # tokens a page: small enough to waste little, large enough to be read at full speed
 GATE_FLOOR = 1e-3           # in training, so that log g stays finite
@@ -394,11 +394,10 @@ class DenseCache(Cache):
         for name, new in (("k", k), ("v", v)):         # padding is written too, and overwritten before it can be seen
             cache[name][b, :, self.positions] = new.transpose(1, 2)
         keys, values = cache["k"][:, :, :self.stop], cache["v"][:, :, :self.stop]
-        gqa = q.shape[1] != self.Hkv
         if T == self.stop:
-            return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
+            return attention(q, keys, values, is_causal=True)
         if self.kernels and min(self.start) == max(self.start):
-            return F.scaled_dot_product_attention(q, keys, values, causal_lower_right(T, self.stop), enable_gqa=gqa)
+            return attention(q, keys, values, causal_lower_right(T, self.stop))
         out, j = torch.empty_like(q), torch.arange(self.stop, device=q.device)
         if T == 1:                                     # the G queries of a row see the same keys
             mask = None if min(self.start) == max(self.start) else j <= self.positions[:, None, :, None]
@@ -406,8 +405,7 @@ class DenseCache(Cache):
             return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(q.shape)
         for t0 in range(0, T, 256):
             mask = j <= self.positions[:, None, t0:t0 + 256, None]
-            out[:, :, t0:t0 + 256] = F.scaled_dot_product_attention(q[:, :, t0:t0 + 256], keys, values, mask,
-                                                                    enable_gqa=gqa)
+            out[:, :, t0:t0 + 256] = attention(q[:, :, t0:t0 + 256], keys, values, mask)
         return out
 
     def kept_bytes(self):
@@ -698,8 +696,8 @@ class SoftAttention:
         else:
             log_g = g.clamp(min=GATE_FLOOR).log()
         kernels = triton_kernels(q.device, q.shape[3])
-        attention = kernels.soft_attention if kernels else soft_attention
-        return attention(q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
+        attend = kernels.soft_attention if kernels else soft_attention
+        return attend(q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
 
 
 def admission_cost(g, window):

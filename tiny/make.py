@@ -94,7 +94,8 @@ def train(model, haystack, tokenizer, args):
     matrices, norms = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)],
                                   args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    total, done, started, saved, shown = sum(s for _, s, _ in args.stages), 0, time.time(), time.time(), 0.0
+    total, done, shown, waited = sum(s for _, s, _ in args.stages), 0, 0.0, 0.0
+    started = saved = time.time()
     log = []
     for length, steps, mix in args.stages:
         micro = max(1, min(args.tokens_per_step, args.micro_tokens) // length)
@@ -105,7 +106,9 @@ def train(model, haystack, tokenizer, args):
             rate = args.lr * min(1, (done + 1) / args.warmup) * min(1, (total - done) / (0.4 * total))
             sums = torch.zeros(4, device=device)           # loss and count of prose tokens, of answer tokens
             for _ in range(accumulate):
+                asked = time.time()
                 ids, targets, weights = (x.to(device, non_blocking=True) for x in next(data))
+                waited += time.time() - asked
                 with torch.autocast(device.type, torch.bfloat16):
                     losses = losses_of(model, model(ids), targets)
                 w = weights.flatten()
@@ -125,7 +128,7 @@ def train(model, haystack, tokenizer, args):
                 log.append(dict(step=done, length=length, prose=s[0] / max(s[1], 1), answers=s[2] / max(s[3], 1),
                                 seconds=round(shown - started)))
                 say(f"step {done}/{total}  T {length}  loss {log[-1]['prose']:.3f}  answers {log[-1]['answers']:.3f}"
-                    f"  lr {rate:.1e}  {shown - started:.0f} s, {left:.0f} s left")
+                    f"  lr {rate:.1e}  {shown - started:.0f} s ({waited:.0f} for documents), {left:.0f} s left")
             if time.time() - saved > 300:
                 saved = time.time()
                 save(model, args.out, log)

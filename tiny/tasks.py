@@ -174,13 +174,13 @@ def make(task, haystack, tokens, encode, rng):
     size = max(2, min(8, round(2 * (tokens / 256) ** 0.5)))           # 2, 4, 8 questions for 256, 1024, 4096 tokens
     for attempt in range(80):
         if attempt % 8 == 0:                                          # a new document, if one cannot be cut to fit
-            chars, seed = 4 * tokens, rng.getrandbits(64)
+            chars, seed = int(3.5 * tokens), rng.getrandbits(64)
         document, end = MAKERS[task](haystack, chars, size, random.Random(seed)), random.Random(f"end {seed}")
         document.body += ending(haystack, end) if document.questions else ""
         encoding = encode(document.text)
         if len(encoding.ids) <= tokens:
             break
-        chars = int(chars * min(0.98, (tokens - 4) / len(encoding.ids)))
+        chars = int(chars * min(0.98, (tokens - 12) / len(encoding.ids)))
     else:
         raise ValueError(f"no {task} document fits into {tokens} tokens")
     answer, spans = [False] * len(encoding.ids), iter(document.spans)
