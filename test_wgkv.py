@@ -38,6 +38,7 @@ import wgkv
 from generate import Text, TextStream, kept_page, sampler
 from model import Config, Llama, UserError, rotate
 from tiny import tasks
+from tiny.make import Sentences
 from wgkv import (GATE_FLOOR, P, DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost,
                   dense_attention, visible_mask)
 
@@ -1894,6 +1895,17 @@ def test_the_plan_of_the_paper_and_others():
     rates = [train.learning_rate(train.PAPER, step) for step in range(7500)]
     assert max(rates) == rates[749] == 1e-3 and rates[0] == pytest.approx(1e-3 / 750) and 0 < rates[-1] < 1e-9
     assert rates[4125] == pytest.approx(5e-4)
+
+
+def test_documents_sentence_by_sentence(tiny):
+    """make.py's faster way to tokens: others than the tokenizer's, or an answer's tokens taken for prose."""
+    tokenizer, haystack = tiny[1].tokenizer, tasks.Haystack(STORY)
+    encode = Sentences(tokenizer, haystack)
+    for n, task in enumerate([*tasks.MAKERS] * 4):
+        _, *want = tasks.make(task, haystack, 400, tokenizer.encode, random.Random(n))
+        _, *got = tasks.make(task, haystack, 400, encode, random.Random(n))
+        assert got == want, task
+    assert len(encode.known) > 50
 
 
 def test_samples_are_stretches_of_one_document(tiny):

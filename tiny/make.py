@@ -9,13 +9,17 @@ steps, the first with more to look back for. Gates come afterwards, from train.p
 was run for the weights in it, what they reach, and what was not tried.
 """
 import argparse
+import functools
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +49,46 @@ def train_tokenizer(texts, vocab_size):
     return tokenizer
 
 
+class Sentences:
+    """encode(text) for documents out of a haystack, whose sentences are looked up: four times as fast, the same ids.
+
+    No token of our tokenizer crosses from a full stop to the space before the next word, so a text is the sum of its
+    sentences. Tokens of those that are known all have the offsets of their sentence: it is in an answer, or it is not.
+    """
+    seam = re.compile(r"(?<=[a-z]{2}[.!?])(?= [A-Z])")
+
+    def __init__(self, tokenizer, haystack):
+        self.bare, self.known = functools.partial(tokenizer.encode, add_special_tokens=False), {}
+        self.begin = tokenizer.token_to_id(BEGIN)
+        sentences = self.seam.split(haystack.text)
+        for n in range(0, len(sentences), 10000):
+            some = sentences[n:n + 10000]
+            for sentence, encoding in zip(some, tokenizer.encode_batch_fast(some, add_special_tokens=False)):
+                self.known[sentence] = array("H", encoding.ids)
+
+    def __call__(self, text):
+        ids, offsets, at = [self.begin], [(0, 0)], 0
+        for sentence in self.seam.split(text):
+            known = self.known.get(sentence)
+            if known:
+                ids.extend(known)
+                offsets += [(at, at + len(sentence))] * len(known)
+            else:
+                encoding = self.bare(sentence)
+                ids += encoding.ids
+                offsets += [(at + first, at + last) for first, last in encoding.offsets]
+            at += len(sentence)
+        return SimpleNamespace(ids=ids, offsets=offsets)
+
+
 class Documents(torch.utils.data.IterableDataset):
     """Batches of documents from the mix, without end: ids (B, T), targets (B, T), weights (B, T).
 
     A token of padding weighs 0, of an answer ANSWER_WEIGHT, any other 1.
     """
 
-    def __init__(self, haystack, tokenizer, tokens, batch, seed, mix):
-        self.haystack, self.tokenizer, self.tokens, self.batch = haystack, tokenizer, tokens, batch
+    def __init__(self, haystack, encode, tokens, batch, seed, mix):
+        self.haystack, self.encode, self.tokens, self.batch = haystack, encode, tokens, batch
         self.seed, self.mix = seed, mix
 
     def __iter__(self):
@@ -63,7 +99,7 @@ class Documents(torch.utils.data.IterableDataset):
             weights = torch.zeros(self.batch, self.tokens + 1)
             for b in range(self.batch):
                 task = tasks.pick(rng, self.mix)
-                _, doc, answer = tasks.make(task, self.haystack, self.tokens + 1, self.tokenizer.encode, rng)
+                _, doc, answer = tasks.make(task, self.haystack, self.tokens + 1, self.encode, rng)
                 ids[b, :len(doc)] = torch.tensor(doc)
                 weights[b, :len(doc)] = torch.tensor(answer).float() * (ANSWER_WEIGHT - 1) + 1
             yield ids[:, :-1], ids[:, 1:], weights[:, 1:]
@@ -84,7 +120,7 @@ def token_losses(model, hidden, targets):
     return F.cross_entropy(model.logits(hidden).flatten(0, 1).float(), targets.flatten(), reduction="none")
 
 
-def train(model, haystack, tokenizer, args):
+def train(model, haystack, encode, args):
     """The curriculum. One progress line every few seconds, a checkpoint every few minutes."""
     device, losses_of = torch.device(args.device), token_losses
     if args.compile:                                    # layers are alike, so what is compiled for one serves all
@@ -100,7 +136,7 @@ def train(model, haystack, tokenizer, args):
     for length, steps, mix in args.stages:
         micro = max(1, min(args.tokens_per_step, args.micro_tokens) // length)
         accumulate = max(1, round(args.tokens_per_step / (micro * length)))
-        documents = Documents(haystack, tokenizer, length, micro, args.seed, mix)
+        documents = Documents(haystack, encode, length, micro, args.seed, mix)
         data = iter(torch.utils.data.DataLoader(documents, batch_size=None, num_workers=args.workers))
         for step in range(steps):
             rate = args.lr * min(1, (done + 1) / args.warmup) * min(1, (total - done) / (0.4 * total))
@@ -210,7 +246,7 @@ def main(argv=None):
         initialise(model)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {args.device}")
 
-    log = train(model, haystack, tokenizer, args)
+    log = train(model, haystack, Sentences(tokenizer, haystack), args)
     save(model, args.out, log)
 
 
