@@ -1334,7 +1334,7 @@ def main(argv=None):
     args.chunk = args.chunk or (8192 if model.device.type == "cuda" else 4096)
     for name in [name for name in ("kernels", "train") if name in what and model.device.type != "cuda"]:
         if "all" not in args.what:
-            raise UserError(f"bench.py {name} needs a CUDA device: what it times is Triton on a card")
+            raise UserError(f"{name} needs a CUDA device: what it times is Triton on a card")
         what.remove(name)
         say(f"{name} is left out: what it times is Triton on a CUDA device")
     args.ceilings = ceilings(model.device)

@@ -2150,6 +2150,14 @@ def test_bench_prints_rows_and_writes_its_figures(tmp_path, capsys):
     figures = json.loads(out.read_text())
     assert [row["tokens"] for row in figures["prefill"]] == [200, 300] and figures["machine"] and figures["command"]
     assert len(figures["prefill"][0]["dense_s"]) == 2 and "ratio" in capsys.readouterr().out
+    assert bench.main(["memory", "--tokens", "300", "--steps", "3", "--json", str(out), "--device", "cpu"]) == 0
+    [row] = json.loads(out.read_text())["memory"]
+    assert row["kept"] <= row["reserved"] and row["rest"] == row["peak"] - row["weights"] - row["kept"]
+    assert row["prefill_s"] > 0 and row["decode_s"] > 0 and row["steps"] == 3
+    for what in ("kernels", "train"):
+        capsys.readouterr()
+        assert generate.run_program(bench.main, [what, "--device", "cpu"]) == 2
+        assert f"{what} needs a CUDA device" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- the experiments
