@@ -545,6 +545,7 @@ class DualCache(Cache):
         c["page_pos"].view(-1)[at] = positions[:, None].expand_as(leaves)[leaves].int()
 
     def decode(self, c, q, k, v, g):
+        """One new token a sequence: its slot's old token to the pages or gone, the new one in, then attention."""
         if self.kernels:
             self.kernels.remember(c, k, v, g, self.seen, self.new, self.tau)
             return self.kernels.decode_attention(q, c["ring_k"], c["ring_v"], c["ring_g"], c["page_k"], c["page_v"],
