@@ -869,8 +869,7 @@ class Experiment:
             small = torch.int16 if self.model.config.vocab_size < 2 ** 15 else torch.int32
             loader = DataLoader(drawn, None, sampler=steps, num_workers=train.workers(self.model.device))
             drawn = [[ids.to(small) for ids in step] for step in tqdm(loader, desc=path.name, unit=" steps", delay=1)]
-            torch.save(drawn, f"{path}.part")
-            Path(f"{path}.part").replace(path)
+            train.save_whole(path, drawn)
         return torch.load(path, weights_only=True)
 
     def kept(self, name, source, *facts):

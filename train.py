@@ -390,8 +390,12 @@ def train(model, gates, optimizer, samples, recipe, done=0, how=None, save=None,
 # ------------------------------------------------------------------------------------------------------- going on later
 
 def save_resume(path, gates, optimizer, done, settings):
-    """All that a run needs to go on. Written beside its name, then renamed: a kill leaves the last one whole."""
-    state = dict(done=done, settings=settings, gates=gates.state_dict(), optimizer=optimizer.state_dict())
+    """All that a run needs to go on."""
+    save_whole(path, dict(done=done, settings=settings, gates=gates.state_dict(), optimizer=optimizer.state_dict()))
+
+
+def save_whole(path, state):
+    """torch.save beside the name, then renamed: a kill leaves the last one whole. UserError if it cannot be written."""
     try:
         torch.save(state, f"{path}.part")
         os.replace(f"{path}.part", path)
