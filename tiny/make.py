@@ -5,8 +5,8 @@
         --tokens-per-step 8192 --compile                               # two CPU cores: a stopgap
 
 Retrieval is learnt short first and then stretched: the curriculum is a list of stages, each a length and a number of
-steps, the first with more to look back for. Gates come afterwards, from train.py. README.md in this folder says what
-was run for the weights in it, what they reach, and what was not tried.
+steps, the first and the last with more to look back for. Gates come afterwards, from train.py. README.md in this folder
+says what was run for the weights in it, which is not yet this, what they reach, and what was not tried.
 """
 import argparse
 import functools
@@ -211,8 +211,8 @@ def main(argv=None):
     parser.add_argument("--hold-out", default="the-moonstone", help="files with this in their name are left out")
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
     parser.add_argument("--start", metavar="FOLDER", help="weights to go on from, instead of random ones")
-    parser.add_argument("--stages", default="256:500:back,256:1500,1024:1000,4096:2400,8192:300",
-                        help="length:steps or length:steps:mix, ...")
+    parser.add_argument("--stages", help="length:steps or length:steps:mix, ...", default=(
+        "256:500:back,256:1500,1024:1000,4096:2400,8192:600:copying,4096:1000:copying"))
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that go through the model at once")
     parser.add_argument("--lr", type=float, default=3e-3)
