@@ -493,7 +493,8 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, table, old_coun
     BM, warps = (128, 4) if hopper else prefill_tile(DP, q.dtype)
     tensors = [x.view(-1, D) for x in (band_k, band_v, page_k, page_v)]
     if hopper:
-        band_k, band_v, page_k, page_v = hopper_tiles(*tensors)
+        layout = gl.NVMMASharedLayout.get_default_for([P, D], gl.bfloat16)
+        band_k, band_v, page_k, page_v = (GluonDescriptor.from_tensor(x, [P, D], layout) for x in tensors)
         kernel, sizes = hopper_prefill_kernel, dict(SLOTS=2, maxnreg=168)
     else:
         band_k, band_v, page_k, page_v = (TensorDescriptor.from_tensor(x, [P, DP]) for x in tensors)
@@ -506,16 +507,9 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, table, old_coun
 
 
 def on_hopper(q):
-    """Is there a kernel of the kind above for q (..., D)?"""
+    """Is q (..., D) on a Hopper GPU, and of a dtype and head dim that are tuned there?"""
     return (q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[-1] in (64, 128)
             and q.dtype.itemsize == 2)
-
-
-def hopper_tiles(*tensors):
-    """Descriptors of (N, D) tensors for copies of P tokens into shared memory, laid out as the matrix unit reads."""
-    block = [P, tensors[0].shape[1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return [GluonDescriptor.from_tensor(x, block, layout) for x in tensors]
 
 
 def prefill_tile(DP, dtype):

@@ -1,6 +1,6 @@
 """How the bundled model was made: tokenizer, curriculum, weights, in one command.
 
-    python tiny/make.py --text FOLDER_OF_BOOKS --compile               # a GPU, some eight minutes on an H200
+    python tiny/make.py --text FOLDER_OF_BOOKS --compile               # a GPU, under ten minutes
     python tiny/make.py --text FOLDER_OF_BOOKS --stages 256:600:back,256:1100,1024:450,4096:150 \\
         --tokens-per-step 8192 --compile                               # two CPU cores: a stopgap
 
