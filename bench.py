@@ -741,7 +741,8 @@ def single_fact(haystack, tokens, depth, encode, rng):
 # -------------------------------------------------------------------------------------------- quality: the experiments
 
 ALL = ("facts", "lists", "classes", "copy", "prose")
-LAMBDAS = (0.02, 0.08, 0.32, 1.28)
+LAMBDAS = (0.02, 0.08, 0.32, 1.28, 5.12)
+ONE_LAMBDA = 1.28                                   # of items 5 and 6: it admits about an eighth of the keys
 QUICK = 24, 1024, 8192                              # questions a task, tokens a document, tokens that the model writes
 SWEEP = replace(train.BUNDLED, seq_len=(4096,), tokens_per_step=32768, steps=300, lr=1e-3)       # the bundled gates'
 
@@ -761,7 +762,8 @@ class Experiment:
         asked = dict(seq_len=args.train_seq_len or tuple(n for n in preset.seq_len if n <= positions) or (positions,),
                      tokens_per_step=args.train_tokens_per_step, steps=args.train_steps,
                      haystack_tokens=args.train_haystack_tokens)
-        self.recipe = replace(preset, seed=args.seed, tasks=True, **{k: v for k, v in asked.items() if v is not None})
+        asked = {name: value for name, value in asked.items() if value is not None}
+        self.recipe = replace(preset, seed=args.seed, tasks="asked", **asked)
         given = args.gates or ("" if item in (1, 2, 3, 5, 6) else str(Path(args.model, "gates.safetensors")))
         if args.gates:
             self.given()                                              # a file that is no gates is a mistake made early
@@ -771,7 +773,7 @@ class Experiment:
             **{name: path and [Path(path).name, digest(train.read_text(path))]
                for name, path in (("data", args.data), ("books", args.books))},
             gates=digest(Path(given).read_bytes()) if Path(given).is_file() else None, tau=args.tau)
-        self.lam = (args.lam or [0.08])[0]                            # of the items that need just one
+        self.lam = (args.lam or [ONE_LAMBDA])[0]
         self.rows, self.shown, self.about = [], [], dict(machine(model.device), seed=args.seed,
                                                             date=time.strftime("%Y-%m-%d"))
         if self.path and Path(self.path).exists():
@@ -853,11 +855,13 @@ class Experiment:
         """What gates are trained on: draw(rng, length) -> ids. Tasks hidden in the model's own writing, in books or in
         either; "plain books" is books with nothing hidden."""
         if source == "both":
-            return lambda rng, length: self.draw(rng.choice(("own", "books")))(rng, length)
+            both = self.draw("own"), self.draw("books")               # here and now: a worker has no card to write with
+            return lambda rng, length: rng.choice(both)(rng, length)
         documents = [self.prose("own, to train on")] if source == "own" else train.read_documents(self.args.books)
         plain = source == "plain books"
-        return train.samples(SimpleNamespace(data=plain and self.args.books), replace(self.recipe, tasks=not plain),
-                             documents, self.model, self.text)[0]
+        recipe = replace(self.recipe, tasks="") if plain else self.recipe
+        return train.samples(SimpleNamespace(data=plain and self.args.books), recipe, documents, self.model,
+                             self.text)[0]
 
     @functools.cache
     def samples(self, source):
@@ -1301,7 +1305,7 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=4096, help="quality: tokens a document")
     parser.add_argument("--cases", type=int, default=256, help="quality: questions a task")
     parser.add_argument("--lam", type=float, nargs="+", help=f"quality: lambdas of items 1 to 3 {LAMBDAS}; items "
-                        "5 and 6 take the first (0.08)")
+                        f"5 and 6 take the first ({ONE_LAMBDA})")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 0.6], help="item 1")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="item 4")
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9], help="item 4")
@@ -1336,7 +1340,7 @@ def main(argv=None):
             raise UserError(f"{name} needs a CUDA device: what it times is Triton on a card")
         what.remove(name)
         say(f"{name} is left out: what it times is Triton on a CUDA device")
-    args.ceilings = ceilings(model.device)
+    args.ceilings = ceilings(model.device) if what != ["quality"] else None
     about = dict(machine(model.device), model=model.name, date=time.strftime("%Y-%m-%d"), ceilings=args.ceilings,
                  admit=args.admit, window=args.window, chunk=args.chunk, batch=args.batch)
     say(f"{about['machine']}, torch {about['torch']}, {model.name} in {str(model.dtype)[6:]}")

@@ -1790,7 +1790,7 @@ def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, 
     *steps, last = read_log(tmp_path / "g")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line, hard in zip(steps, (True, False, False, False, False, True), strict=True):
-        assert abs(line["loss"] - line["soft"] - 0.16 * line["cost"]) < 1e-6 and (line["hard"] is not None) == hard
+        assert abs(line["loss"] - line["soft"] - train.BUNDLED.lam * line["cost"]) < 1e-6 and (line["hard"] is not None) == hard
         assert line["seconds"] * line["tokens_per_s"] == pytest.approx(1024) and line["length"] in (256, 512)
         assert 0 <= line["admitted"] <= 1 and line["gradient"] > 0
     v = last["validation"]
@@ -2010,7 +2010,7 @@ def test_what_resume_refuses(trainee, tmp_path, monkeypatch, capsys):
         assert err.count("\n") == 1 and all(w in err for w in ("g.resume", *words)), err
 
     (tmp_path / "other.txt").write_text(STORY.replace("a", "e"))
-    refuse(["--lam", "0.3"], "lam 0.16 there, 0.3 here")
+    refuse(["--lam", "0.3"], f"lam {train.BUNDLED.lam} there, 0.3 here")
     refuse(["--steps", "7", "--seed", "1"], "steps 6 there, 7 here, seed 0 there, 1 here")
     refuse(["--data", str(tmp_path / "other.txt")], "data ")
     weights = load_file(tmp_path / M.SINGLE)
@@ -2336,6 +2336,14 @@ def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
     assert out.count("\n") == 3 and "tau 0.4: kept" in out
     assert generate.run_program(bench.main, [*toy, "--item", "1", "--seed", "1"]) == 2
     assert "has rows of another run, seed 0 there and 1 here" in capsys.readouterr().err
+
+
+def test_the_model_has_written_before_samples_are_drawn(toy, monkeypatch):
+    """Its own writing put off until a sample asks for it: that is in another process, which cannot use the card."""
+    wrote = []
+    monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
+    monkeypatch.setattr(bench, "bench_quality", lambda model, args: bench.Experiment(5, model, args).draw("both"))
+    assert bench.main(toy) == 0 and len(wrote) == 1
 
 
 def test_pictures_are_drawn_of_what_is_there(toy, tmp_path, monkeypatch, capsys):

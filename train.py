@@ -49,8 +49,8 @@ from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, 
 
 # ------------------------------------------------------------------------------------------------------------- recipe
 
-def setting(default, text):
-    return field(default=default, metadata=dict(help=text))
+def setting(default, text, **option):
+    return field(default=default, metadata=dict(help=text, option=option))
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ class Recipe:
     warmup: float = setting(0.1, "share of the steps in which it rises; then it falls to 0, a cosine")
     weight_decay: float = setting(0.01, "AdamW's")
     haystack_tokens: int = setting(65536, "how much the model writes, without --data")
-    tasks: bool = setting(False, "hide facts, lists, classes and passages in the text of --data")
-    chat: bool = setting(False, "put each sample into the model's chat template, as a text to summarise")
+    tasks: str = setting("", "hide facts, lists, classes and passages in the text of --data: a mix of tiny/tasks.py",
+                         nargs="?", const="asked", choices=[*tasks.MIXES])
+    chat: bool = setting(False, "put each sample into the model's chat template, as a text to summarise",
+                         action="store_true")
     seed: int = setting(0, "of everything drawn")
 
 
 PAPER = Recipe()
-BUNDLED = Recipe(window=128, seq_len=(1024,), tokens_per_step=2048, steps=240, lr=2e-3)
+BUNDLED = Recipe(lam=1.28, window=128, seq_len=(1024,), tokens_per_step=2048, steps=240, lr=2e-3)
 
 
 def plan(recipe):
@@ -543,8 +545,8 @@ def parse(argv):
     parser.add_argument("--convert", metavar="FILE.pt", help="do not train: write these official gates to OUT")
     for f in fields(Recipe):
         name = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", default=None, help=f.metadata["help"])
+        if f.metadata["option"]:
+            parser.add_argument(name, default=None, help=f.metadata["help"], **f.metadata["option"])
         elif f.name != "seed":                                       # that is one of model_options
             paper, bundled = (str(getattr(preset, f.name)).strip("(,)").replace(" ", "") for preset in (PAPER, BUNDLED))
             default = paper if paper == bundled else f"{paper}; {bundled} for the bundled model"
@@ -596,7 +598,8 @@ def samples(args, recipe, documents, model, text):
         return split_text(documents, text, recipe, args.data)
     prose = "\n\n".join(documents) or model_writes(model, text, recipe.haystack_tokens, recipe.seed)
     haystack = make_haystack(prose, args.data)
-    return [lambda rng, length: tasks.make(tasks.pick(rng), haystack, length, text.tokenizer.encode, rng)[1]] * 2
+    return [lambda rng, length: tasks.make(tasks.pick(rng, recipe.tasks or "asked"), haystack, length,
+                                           text.tokenizer.encode, rng)[1]] * 2
 
 
 def run(args, recipe):

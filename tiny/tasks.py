@@ -25,7 +25,9 @@ Paul Percy Peter Philip Phoebe Ralph Rebecca Richard Robert Roger Rosa Rose Ruth
 Stephen Susan Sybil Thomas Timothy Ursula Victor Viola Walter Wilfred William Winifred""".split()
 MIXES = {"all": {"facts": 0.25, "lists": 0.10, "classes": 0.15, "copy": 0.10, "again": 0.10, "prose": 0.30},
          "back": {"facts": 0.25, "lists": 0.05, "classes": 0.10, "copy": 0.15, "again": 0.40, "prose": 0.05},
-         "copying": {"facts": 0.15, "lists": 0.10, "classes": 0.10, "copy": 0.30, "again": 0.30, "prose": 0.05}}
+         "copying": {"facts": 0.15, "lists": 0.10, "classes": 0.15, "copy": 0.25, "again": 0.25, "prose": 0.10},
+         "passages": {"facts": 0.10, "lists": 0.20, "classes": 0.05, "copy": 0.45, "again": 0.15, "prose": 0.05},
+         "asked": {"facts": 0.25, "lists": 0.15, "classes": 0.15, "copy": 0.30, "prose": 0.15}}
 
 
 @dataclass
