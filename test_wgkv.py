@@ -1790,7 +1790,8 @@ def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, 
     *steps, last = read_log(tmp_path / "g")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line, hard in zip(steps, (True, False, False, False, False, True), strict=True):
-        assert abs(line["loss"] - line["soft"] - train.BUNDLED.lam * line["cost"]) < 1e-6 and (line["hard"] is not None) == hard
+        assert abs(line["loss"] - line["soft"] - train.BUNDLED.lam * line["cost"]) < 1e-6
+        assert (line["hard"] is not None) == hard
         assert line["seconds"] * line["tokens_per_s"] == pytest.approx(1024) and line["length"] in (256, 512)
         assert 0 <= line["admitted"] <= 1 and line["gradient"] > 0
     v = last["validation"]

@@ -1,8 +1,8 @@
 """How the bundled model was made: tokenizer, curriculum, weights, in two commands; on a GPU, nine minutes.
 
     python tiny/make.py --text BOOKS --out RUN --compile
-    python tiny/make.py --text BOOKS --out RUN --start RUN --stages 4096:3000:passages --lr 1e-3 --warmup 100 --seed 1 \\
-        --compile
+    python tiny/make.py --text BOOKS --out RUN --start RUN --stages 4096:3000:passages --lr 1e-3 --warmup 100 \\
+        --seed 1 --compile
 
 Retrieval is learnt short first and then stretched: the curriculum is a list of stages, each a length and a number of
 steps, the first and the last with more to look back for. Novels are few for this many steps: a weight decay six times
