@@ -1790,7 +1790,7 @@ def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, 
     *steps, last = read_log(tmp_path / "g")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line, hard in zip(steps, (True, False, False, False, False, True), strict=True):
-        assert abs(line["loss"] - line["soft"] - train.BUNDLED.lam * line["cost"]) < 1e-6
+        assert abs(line["loss"] - line["soft"] - train.PAPER.lam * line["cost"]) < 1e-6
         assert (line["hard"] is not None) == hard
         assert line["seconds"] * line["tokens_per_s"] == pytest.approx(1024) and line["length"] in (256, 512)
         assert 0 <= line["admitted"] <= 1 and line["gradient"] > 0
@@ -2011,7 +2011,7 @@ def test_what_resume_refuses(trainee, tmp_path, monkeypatch, capsys):
         assert err.count("\n") == 1 and all(w in err for w in ("g.resume", *words)), err
 
     (tmp_path / "other.txt").write_text(STORY.replace("a", "e"))
-    refuse(["--lam", "0.3"], f"lam {train.BUNDLED.lam} there, 0.3 here")
+    refuse(["--lam", "0.3"], f"lam {train.PAPER.lam} there, 0.3 here")
     refuse(["--steps", "7", "--seed", "1"], "steps 6 there, 7 here, seed 0 there, 1 here")
     refuse(["--data", str(tmp_path / "other.txt")], "data ")
     weights = load_file(tmp_path / M.SINGLE)
