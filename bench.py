@@ -744,7 +744,7 @@ ALL = ("facts", "lists", "classes", "copy", "prose")
 LAMBDAS = (0.02, 0.08, 0.32, 1.28, 5.12)
 ONE_LAMBDA = 1.28                                   # of items 5 and 6: it admits about an eighth of the keys
 QUICK = 24, 1024, 8192                              # questions a task, tokens a document, tokens that the model writes
-SWEEP = replace(train.BUNDLED, seq_len=(4096,), tokens_per_step=32768, steps=300, lr=1e-3)       # the bundled gates'
+SWEEP = replace(train.BUNDLED, seq_len=(4096,), tokens_per_step=32768, steps=300, lr=1e-3)       # for a GPU
 
 
 def digest(*facts):

@@ -233,13 +233,13 @@ def main(argv=None):
 
     books = read_books(args.text, args.hold_out)
     say(f"{len(books)} books, {sum(map(len, books.values())) / 1e6:.1f} M characters")
-    path = os.path.join(args.out, "tokenizer.json")
+    path = os.path.join(args.start or args.out, "tokenizer.json")
     config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for t, *_ in args.stages))
-    if args.start or not os.path.exists(path):
-        tokenizer = (Tokenizer.from_file(os.path.join(args.start, "tokenizer.json")) if args.start else
-                     train_tokenizer(books.values(), config.vocab_size))
-        write(args.out, "tokenizer.json", lambda p: tokenizer.save(p))
-    tokenizer = Tokenizer.from_file(path)
+    if args.start or os.path.exists(path):
+        tokenizer = Tokenizer.from_file(path)
+    else:
+        tokenizer = train_tokenizer(books.values(), config.vocab_size)
+    write(args.out, "tokenizer.json", lambda p: tokenizer.save(p))
     haystack = tasks.Haystack("\n\n".join(books.values()))
 
     if args.start:
