@@ -23,8 +23,8 @@ Irene Isaac Isabel Jacob James Jane Jasper Joan Joseph Julia Kate Laura Leonard 
 Margaret Maria Mark Martha Martin Mary Matilda Maud Miriam Nancy Nathan Nell Nicholas Nora Oliver Oscar Owen Patrick
 Paul Percy Peter Philip Phoebe Ralph Rebecca Richard Robert Roger Rosa Rose Ruth Samuel Sarah Silas Simon Sophia
 Stephen Susan Sybil Thomas Timothy Ursula Victor Viola Walter Wilfred William Winifred""".split()
-# All but the last are for the model itself, in the stages of make.py. "asked" is for gates: it has no passage that comes
-# back unannounced, which a gate cannot foresee but by keeping everything.
+# All but the last are for the model itself, in the stages of make.py. "asked" is for gates: no passage in it comes back
+# unannounced, which a gate cannot foresee but by keeping everything.
 MIXES = {"all": {"facts": 0.25, "lists": 0.10, "classes": 0.15, "copy": 0.10, "again": 0.10, "prose": 0.30},
          "back": {"facts": 0.25, "lists": 0.05, "classes": 0.10, "copy": 0.15, "again": 0.40, "prose": 0.05},
          "copying": {"facts": 0.15, "lists": 0.10, "classes": 0.15, "copy": 0.25, "again": 0.25, "prose": 0.10},
