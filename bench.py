@@ -437,7 +437,8 @@ def bench_train(model, args):
         recipe = replace(train.PAPER, seq_len=(tokens,), steps=3, window=args.window, tokens_per_step=tokens)
         gates, lines = Gates.for_model(model, window=args.window), []
         how, estimate = train.fit(model, gates, recipe)
-        samples = train.Samples(lambda rng, n: rng.choices(range(model.config.vocab_size), k=n), recipe)
+        samples = train.Samples(lambda rng, n: (torch.tensor(rng.choices(range(model.config.vocab_size), k=n)),
+                                                torch.ones(n)), recipe)
         train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe, how=how, log=lines.append)
         rate, peak = lines[1]["tokens_per_s"], peak_bytes(device)
         rows.append(dict(tokens=tokens, attention={name: dict(forward_s=forward, backward_s=backward)
@@ -852,8 +853,8 @@ class Experiment:
 
     @functools.cache
     def draw(self, source):
-        """What gates are trained on: draw(rng, length) -> ids. Tasks hidden in the model's own writing, in books or in
-        either; "plain books" is books with nothing hidden."""
+        """What gates are trained on: draw(rng, length) -> (ids, weights). Tasks hidden in the model's own writing, in
+        books or in either; "plain books" is books with nothing hidden."""
         if source == "both":
             both = self.draw("own"), self.draw("books")               # here and now: a worker has no card to write with
             return lambda rng, length: rng.choice(both)(rng, length)
@@ -872,7 +873,8 @@ class Experiment:
             drawn, steps = train.Samples(self.draw(source), self.recipe), range(self.recipe.steps)
             small = torch.int16 if self.model.config.vocab_size < 2 ** 15 else torch.int32
             loader = DataLoader(drawn, None, sampler=steps, num_workers=train.workers(self.model.device))
-            drawn = [[ids.to(small) for ids in step] for step in tqdm(loader, desc=path.name, unit=" steps", delay=1)]
+            drawn = [[(ids.to(small), weights.half()) for ids, weights in step]
+                     for step in tqdm(loader, desc=path.name, unit=" steps", delay=1)]
             train.save_whole(path, drawn)
         return torch.load(path, weights_only=True)
 

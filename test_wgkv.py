@@ -1804,6 +1804,11 @@ def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, 
     assert not (tmp_path / "g.resume").exists()
 
 
+def alike(ids):
+    """A sample of train.py whose tokens weigh 1 each."""
+    return torch.tensor(ids), torch.ones(len(ids))
+
+
 def test_training_lowers_what_it_is_asked_to_lower(tiny):
     """With lambda large the gates close; with lambda 0 and closed gates they open where keys are missed."""
     model, text = tiny
@@ -1816,10 +1821,10 @@ def test_training_lowers_what_it_is_asked_to_lower(tiny):
                 gate.b2.fill_(-3.0 if closed else 1.0)
         def mean_gate():
             with torch.no_grad():
-                return train.distill(model, gates, [ids])[3][0].mean().item()
+                return train.distill(model, gates, [alike(ids)])[3][0].mean().item()
         before = mean_gate()
         recipe = train.Recipe(lr=3e-3, steps=8, tokens_per_step=300, seq_len=(300,), lam=lam)
-        samples, optimizer = train.Samples(lambda rng, n: ids, recipe), torch.optim.AdamW(gates.parameters())
+        samples, optimizer = train.Samples(lambda rng, n: alike(ids), recipe), torch.optim.AdamW(gates.parameters())
         assert train.train(model, gates, optimizer, samples, recipe) == (8, None)
         assert sign * (mean_gate() - before) > 0.01
 
@@ -1831,7 +1836,7 @@ def test_checkpointed_layers_give_the_same_gradients(tiny):
     for checkpoint in (False, True):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
-        soft, _, cost, _ = train.distill(model, gates, [ids], checkpoint)
+        soft, _, cost, _ = train.distill(model, gates, [alike(ids)], checkpoint)
         (soft + cost).backward()
         found.append([p.grad for p in gates.parameters()])
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
@@ -1856,10 +1861,28 @@ def test_a_step_is_the_mean_of_its_samples(tiny):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
         recipe = train.Recipe(steps=1, tokens_per_step=256 * rows, seq_len=(256,))
-        samples, optimizer = train.Samples(lambda rng, n: ids, recipe), torch.optim.AdamW(gates.parameters())
+        samples, optimizer = train.Samples(lambda rng, n: alike(ids), recipe), torch.optim.AdamW(gates.parameters())
         train.train(model, gates, optimizer, samples, recipe, log=lines.append)
     for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4)
+
+
+def test_answers_weigh_more(tiny):
+    """A weight that lands on the wrong tokens, is lost among padding, or changes the size of the loss."""
+    model, text = tiny
+    haystack, recipe = tasks.Haystack(STORY), train.Recipe(answer_weight=7.0, tasks="asked")
+    ids, weights = train.task_samples(haystack, text.tokenizer.encode, recipe)(random.Random(1), 400)
+    assert set(weights.tolist()) == {1.0, 7.0} and "." in text.decode(ids[weights == 7].tolist())
+    gates = Gates.for_model(model, window=16)
+    with torch.no_grad():
+        for gate in gates.layers:
+            gate.b2.fill_(-3.0)
+        student, teacher = model(ids[None], SoftAttention(gates, model.device)), model(ids[None])
+        wanted = sum(w * (a - b).square().mean() for w, a, b in zip(weights, student[0], teacher[0])) / weights.sum()
+        soft = train.distill(model, gates, [(ids, weights)])[0]
+        both = train.distill(model, gates, [(ids, weights), alike(ids[:300].tolist())])[0]
+        other = train.distill(model, gates, [alike(ids[:300].tolist())])[0]
+    assert soft == pytest.approx(wanted.item(), rel=1e-4) and both == pytest.approx((soft + other).item() / 2, rel=1e-4)
 
 
 def test_samples_side_by_side(tiny):
@@ -1870,7 +1893,7 @@ def test_samples_side_by_side(tiny):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
         recipe = train.Recipe(steps=1, tokens_per_step=3 * 256, seq_len=(256,))
-        samples = train.Samples(lambda rng, n: ids[:rng.randint(60, 256)], recipe)
+        samples = train.Samples(lambda rng, n: alike(ids[:rng.randint(60, 256)]), recipe)
         train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe, how={256: (at_once, False)},
                     log=lines.append)
         trained.append(torch.cat([p.detach().flatten() for p in gates.parameters()]))
@@ -1923,7 +1946,7 @@ def test_samples_are_stretches_of_one_document(tiny):
         seen = {}
         for n in range(60):
             for length, source in ((256, draw), (512, draw), (256, held)):
-                sample = source(random.Random(n), length)
+                sample = source(random.Random(n), length)[0].tolist()
                 assert len(sample) == length and sample[:len(head)] == head
                 body = sample[len(head):]
                 [place] = [(i, s) for i, d in enumerate(ids) for s in range(len(d) - len(body) + 1)
@@ -1936,7 +1959,8 @@ def test_samples_are_stretches_of_one_document(tiny):
     draw, held = train.split_text([STORY], text, train.Recipe(seq_len=(256,)), "x")
     story = text.encode(STORY, begin=False)
     trained, kept_back = ([next(s for s in range(len(story)) if story[s:s + 255] == sample[1:])
-                           for sample in (source(random.Random(n), 256) for n in range(50))] for source in (draw, held))
+                           for sample in (source(random.Random(n), 256)[0].tolist() for n in range(50))]
+                          for source in (draw, held))
     assert max(trained) + 255 <= min(kept_back)                        # the end of an only document is held out
 
 
@@ -2288,7 +2312,7 @@ def test_a_left_out_input_stays_out(tiny):
         bench.leave_out(gates, inputs)
         start = [p.clone() for p in gates.parameters()]
         recipe = train.Recipe(steps=2, tokens_per_step=100, seq_len=(100,), lam=1.0)
-        samples = train.Samples(lambda rng, n: text.encode(STORY)[:n], recipe)
+        samples = train.Samples(lambda rng, n: alike(text.encode(STORY)[:n]), recipe)
         train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe)
         assert all(not torch.equal(a, b) or not a.any() for a, b in zip(start, gates.parameters()))
         k, other = torch.randn(2, 1, 4, 9, 32)

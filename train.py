@@ -11,7 +11,8 @@ scores outside the window (`wgkv.SoftAttention`). Only the gates learn:
 
     loss = mean (student's last hidden state - teacher's)^2  +  lambda * expected size of the cache
 
-so a gate closes where nobody misses the key. lambda sets how hard it tries: larger keeps less.
+so a gate closes where nobody misses the key. lambda sets how hard it tries: larger keeps less. The mean is over tokens;
+where it is known which of them answer a question, they may count for more, as they are few.
 
 Without --data the documents are made on the spot: the frozen model writes passages, and tiny/tasks.py hides facts,
 lists, classes and passages to copy in them.
@@ -66,6 +67,7 @@ class Recipe:
     lr: float = setting(1e-3, "the learning rate at its highest")
     warmup: float = setting(0.1, "share of the steps in which it rises; then it falls to 0, a cosine")
     weight_decay: float = setting(0.01, "AdamW's")
+    answer_weight: float = setting(1.0, "a token of an answer counts as much in the mean as so many others")
     haystack_tokens: int = setting(65536, "how much the model writes, without --data")
     tasks: str = setting("", "hide facts, lists, classes and passages in the text of --data: a mix of tiny/tasks.py",
                          nargs="?", const="asked", choices=[*tasks.MIXES])
@@ -154,7 +156,8 @@ def make_haystack(prose, source):
 
 
 def text_samples(documents, head):
-    """draw(rng, length) -> ids: head, and a stretch of one of the documents (tensors of ids), all alike likely.
+    """draw(rng, length) -> (ids, weights): head, and a stretch of one of the documents (tensors of ids), all alike
+    likely; each token weighs 1.
 
     Documents are not joined: those too short for a length are passed over (if all are, the longest is the sample).
     """
@@ -162,7 +165,17 @@ def text_samples(documents, head):
         body = min(length - len(head), max(map(len, documents)))
         [document] = rng.choices(documents, [max(0, len(d) - body + 1) for d in documents])
         start = rng.randrange(len(document) - body + 1)
-        return head + document[start:start + body].tolist()
+        ids = torch.cat((torch.tensor(head, dtype=document.dtype), document[start:start + body]))
+        return ids, torch.ones(len(ids))
+
+    return draw
+
+
+def task_samples(haystack, encode, recipe):
+    """draw(rng, length) -> (ids, weights): one of tiny/tasks.py hidden in the haystack, its answers weighing more."""
+    def draw(rng, length):
+        _, ids, answer = tasks.make(tasks.pick(rng, recipe.tasks or "asked"), haystack, length, encode, rng)
+        return torch.tensor(ids), torch.tensor(answer) * (recipe.answer_weight - 1) + 1
 
     return draw
 
@@ -255,18 +268,19 @@ SIDE_BY_SIDE = 32768        # tokens
 
 
 def distill(model, gates, samples, checkpoint=False, hard=False):
-    """What the loss is made of, as means over samples, lists of T ids each: (soft, hard, cost, g).
+    """What the loss is made of, as means over samples, pairs (ids, weights) of (T,) each: (soft, hard, cost, g).
 
-    soft: mean squared difference of the student's last hidden states from the teacher's. hard: the same with gates of
-    0 or 1, as at inference, without gradients; NaN unless asked for, as it takes another pass. cost: the expected share
-    of a dense cache. g: the gates of each sample, (L, Hkv, T). Samples are padded on the right, where none looks.
+    soft: mean squared difference of the student's last hidden states from the teacher's, a mean by weight over tokens.
+    hard: the same with gates of 0 or 1, as at inference, without gradients; NaN unless asked for, as it takes another
+    pass. cost: the expected share of a dense cache. g: the gates of each sample, (L, Hkv, T). Samples are padded on the
+    right, where none looks and nothing weighs.
     """
-    device, lengths = model.device, [len(sample) for sample in samples]
-    ids = pad_sequence([torch.as_tensor(sample) for sample in samples], batch_first=True).to(device).long()
+    device, lengths = model.device, [len(ids) for ids, _ in samples]
+    ids, weights = (pad_sequence(part, batch_first=True).to(device) for part in zip(*samples))
+    ids, weights = ids.long(), weights.float() / weights.float().sum(dim=1, keepdim=True)
 
     def distance(student, teacher):
-        return torch.stack([(student[b, :n].float() - teacher[b, :n].float()).square().mean()
-                            for b, n in enumerate(lengths)]).mean()
+        return ((student.float() - teacher.float()).square().mean(dim=-1) * weights).sum(dim=1).mean()
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         with torch.no_grad():
@@ -312,7 +326,7 @@ def finish_the_step():
 
 
 class Samples(Dataset):
-    """samples[n]: those of step n that are this process's, tensors of ids, each by draw(rng, length) of its own number.
+    """samples[n]: those of step n that are this process's, (ids, weights) each, by draw(rng, length) of its own number.
     """
 
     def __init__(self, draw, recipe):
@@ -320,7 +334,7 @@ class Samples(Dataset):
 
     def __getitem__(self, step):
         length, first, rows = self.steps[step]
-        return [torch.tensor(self.draw(random.Random(f"{self.recipe.seed}/{n}"), length))
+        return [self.draw(random.Random(f"{self.recipe.seed}/{n}"), length)
                 for n in range(first + self.rank, first + rows, self.size)]
 
 
@@ -359,7 +373,7 @@ def train(model, gates, optimizer, samples, recipe, done=0, how=None, save=None,
                 admitted = torch.stack([(row >= gates.tau).float().mean() for row in g]).mean().item()
                 figures = torch.tensor([soft.item(), hard, cost.item(), admitted], device=model.device)
                 sums[:4] += figures * len(some) / rows
-                sums[4] += sum(map(len, some))
+                sums[4] += sum(len(ids) for ids, _ in some)
             gradients, sums[5] = [p.grad for p in parameters], len(asked)
             add_up([*gradients, sums])
             soft, hard, cost, admitted, tokens, stop = sums.tolist()
@@ -565,7 +579,7 @@ def check(args, recipe):
     for name, value, low in (("seq_len", shortest, 256), ("save_every", args.save_every, 1), *(
             (name, getattr(recipe, name), low) for name, low in (
                 ("lam", 0), ("window", 1), ("expansion", 0.1), ("tokens_per_step", 1), ("steps", 1), ("lr", 0),
-                ("warmup", 0), ("weight_decay", 0), ("haystack_tokens", 1)))):
+                ("warmup", 0), ("weight_decay", 0), ("answer_weight", 0), ("haystack_tokens", 1)))):
         if not value >= low:
             raise UserError(f"--{name.replace('_', '-')} {value}: should be at least {low}")
     fewest = -(-recipe.tokens_per_step // longest)
@@ -593,13 +607,11 @@ def convert(args):
 
 
 def samples(args, recipe, documents, model, text):
-    """Two draws, draw(rng, length) -> ids: to train on and to validate on (tasks: from the same prose, drawn anew)."""
+    """Two draws, draw(rng, length) -> (ids, weights): to train on, to validate on (tasks: of the same prose, anew)."""
     if args.data and not recipe.tasks:
         return split_text(documents, text, recipe, args.data)
     prose = "\n\n".join(documents) or model_writes(model, text, recipe.haystack_tokens, recipe.seed)
-    haystack = make_haystack(prose, args.data)
-    return [lambda rng, length: tasks.make(tasks.pick(rng, recipe.tasks or "asked"), haystack, length,
-                                           text.tokenizer.encode, rng)[1]] * 2
+    return [task_samples(make_haystack(prose, args.data), text.tokenizer.encode, recipe)] * 2
 
 
 def run(args, recipe):

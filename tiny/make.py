@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,6 +245,7 @@ def main(argv=None):
 
     if args.start:
         model = Llama.from_pretrained(args.start, args.device, torch.float32).train().requires_grad_(True)
+        model.config = replace(model.config, max_positions=max(model.config.max_positions, config.max_positions))
     else:
         model = Llama(config).to(args.device)
         initialise(model)
