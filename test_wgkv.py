@@ -38,7 +38,7 @@ import wgkv
 from generate import Text, TextStream, kept_page, sampler
 from model import Config, Llama, UserError, rotate
 from tiny import tasks
-from tiny.make import Sentences
+from tiny.make import ANSWER_WEIGHT, Documents, Sentences
 from wgkv import (GATE_FLOOR, P, DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost,
                   dense_attention, visible_mask)
 
@@ -1932,6 +1932,20 @@ def test_documents_sentence_by_sentence(tiny):
     assert len(encode.known) > 50
 
 
+def test_documents_of_many_lengths(tiny):
+    """One length for a stage that asks for a range; padding that counts; targets that are not the next tokens."""
+    tokenizer, haystack = tiny[1].tokenizer, tasks.Haystack(STORY)
+    rows = iter(Documents(haystack, tokenizer.encode, 100, 400, 12, seed=0, mix="asked"))
+    ids, targets, weights = next(rows)
+    assert ids.shape == targets.shape == weights.shape == (12, 400) and torch.equal(ids[:, 1:], targets[:, :-1])
+    lengths = (weights > 0).sum(dim=1)
+    assert lengths.min() < 200 and lengths.max() > 300 and len(set(lengths.tolist())) > 6
+    for row, weight, n in zip(targets, weights, lengths.tolist()):
+        assert weight[:n].all() and not weight[n:].any() and set(weight[:n].tolist()) <= {1.0, ANSWER_WEIGHT}
+        assert "\n\nWh" not in tokenizer.decode(row[weight > 1].tolist()) and not row[n:].any()
+    assert (weights == ANSWER_WEIGHT).any(dim=1).sum() >= 6
+
+
 def test_samples_are_stretches_of_one_document(tiny):
     """Text joined across documents; ends that are never drawn; what is held out drawn in training; a lost template."""
     _, text = tiny
@@ -2363,9 +2377,10 @@ def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
     assert "has rows of another run, seed 0 there and 1 here" in capsys.readouterr().err
 
 
-def test_the_model_has_written_before_samples_are_drawn(toy, monkeypatch):
+def test_the_model_has_written_before_samples_are_drawn(toy, tmp_path, monkeypatch):
     """Its own writing put off until a sample asks for it: that is in another process, which cannot use the card."""
     wrote = []
+    monkeypatch.setattr(bench, "ASSETS", tmp_path)
     monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
     monkeypatch.setattr(bench, "bench_quality", lambda model, args: bench.Experiment(5, model, args).draw("both"))
     assert bench.main(toy) == 0 and len(wrote) == 1

@@ -77,7 +77,7 @@ class Recipe:
 
 
 PAPER = Recipe()
-BUNDLED = Recipe(lam=1.28, window=128, seq_len=(1024,), tokens_per_step=2048, steps=240, lr=2e-3)
+BUNDLED = Recipe(lam=5.12, window=128, seq_len=(1024,), tokens_per_step=2048, steps=240, lr=2e-3, answer_weight=30.0)
 
 
 def plan(recipe):

@@ -1,13 +1,13 @@
-"""How the bundled model was made: tokenizer, curriculum, weights, in two commands; on a GPU, nine minutes.
+"""How the bundled model was made: tokenizer, curriculum, weights; on a GPU, a quarter of an hour for all four runs.
 
     python tiny/make.py --text BOOKS --out RUN --compile
     python tiny/make.py --text BOOKS --out RUN --start RUN --stages 4096:3000:passages --lr 1e-3 --warmup 100 \\
-        --seed 1 --compile
+        --seed 1 --compile                            and so on: README.md in this folder has all the commands
 
 Retrieval is learnt short first and then stretched: the curriculum is a list of stages, each a length and a number of
-steps, the first and the last with more to look back for. Novels are few for this many steps: a weight decay six times
-the usual keeps the model from learning them by heart. Gates come afterwards, from train.py. README.md in this folder
-says what the runs took and what they reach.
+steps, the first and the last with more to look back for. Where all documents are of one length the model comes to
+expect it, so at last lengths are drawn at random (512-8192:4000:passages). Novels are few for this many steps: a weight
+decay six times the usual keeps the model from learning them by heart. Gates come afterwards, from train.py.
 """
 import argparse
 import functools
@@ -86,12 +86,12 @@ class Sentences:
 class Documents(torch.utils.data.IterableDataset):
     """Batches of documents from the mix, without end: ids (B, T), targets (B, T), weights (B, T).
 
-    A token of padding weighs 0, of an answer ANSWER_WEIGHT, any other 1.
+    Documents have `shortest` to T tokens. A token of padding weighs 0, of an answer ANSWER_WEIGHT, any other 1.
     """
 
-    def __init__(self, haystack, encode, tokens, batch, seed, mix):
-        self.haystack, self.encode, self.tokens, self.batch = haystack, encode, tokens, batch
-        self.seed, self.mix = seed, mix
+    def __init__(self, haystack, encode, shortest, tokens, batch, seed, mix):
+        self.haystack, self.encode, self.shortest, self.tokens = haystack, encode, shortest, tokens
+        self.batch, self.seed, self.mix = batch, seed, mix
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -101,7 +101,8 @@ class Documents(torch.utils.data.IterableDataset):
             weights = torch.zeros(self.batch, self.tokens + 1)
             for b in range(self.batch):
                 task = tasks.pick(rng, self.mix)
-                _, doc, answer = tasks.make(task, self.haystack, self.tokens + 1, self.encode, rng)
+                length = rng.randint(self.shortest, self.tokens)
+                _, doc, answer = tasks.make(task, self.haystack, length + 1, self.encode, rng)
                 ids[b, :len(doc)] = torch.tensor(doc)
                 weights[b, :len(doc)] = torch.tensor(answer).float() * (ANSWER_WEIGHT - 1) + 1
             yield ids[:, :-1], ids[:, 1:], weights[:, 1:]
@@ -132,13 +133,13 @@ def train(model, haystack, encode, args):
     matrices, norms = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=args.decay), dict(params=norms, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    total, done, shown, waited = sum(s for _, s, _ in args.stages), 0, 0.0, 0.0
+    total, done, shown, waited = sum(steps for _, _, steps, _ in args.stages), 0, 0.0, 0.0
     started = saved = time.time()
     log = []
-    for length, steps, mix in args.stages:
+    for shortest, length, steps, mix in args.stages:
         micro = max(1, min(args.tokens_per_step, args.micro_tokens) // length)
         accumulate = max(1, round(args.tokens_per_step / (micro * length)))
-        documents = Documents(haystack, encode, length, micro, args.seed, mix)
+        documents = Documents(haystack, encode, shortest, length, micro, args.seed, mix)
         data = iter(torch.utils.data.DataLoader(documents, batch_size=None, num_workers=args.workers))
         for step in range(steps):
             rate = args.lr * min(1, (done + 1) / args.warmup) * min(1, (total - done) / (0.4 * total))
@@ -213,7 +214,7 @@ def main(argv=None):
     parser.add_argument("--hold-out", default="the-moonstone", help="files with this in their name are left out")
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
     parser.add_argument("--start", metavar="FOLDER", help="weights to go on from, instead of random ones")
-    parser.add_argument("--stages", help="length:steps or length:steps:mix, ...", default=(
+    parser.add_argument("--stages", help="length:steps or length:steps:mix, ...; length may be a range", default=(
         "256:500:back,256:1500,1024:1300,4096:3500,8192:500:copying,4096:1500:copying"))
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--micro-tokens", type=int, default=65536, help="tokens that go through the model at once")
@@ -228,14 +229,15 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     stages = [stage.split(":") for stage in args.stages.split(",")]
-    args.stages = [(int(length), int(steps), *(mix or ["all"])) for length, steps, *mix in stages]
+    args.stages = [(int(length.split("-")[0]), int(length.split("-")[-1]), int(steps), *(mix or ["all"]))
+                   for length, steps, *mix in stages]
     os.makedirs(args.out, exist_ok=True)
     torch.manual_seed(args.seed)
 
     books = read_books(args.text, args.hold_out)
     say(f"{len(books)} books, {sum(map(len, books.values())) / 1e6:.1f} M characters")
     path = os.path.join(args.start or args.out, "tokenizer.json")
-    config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for t, *_ in args.stages))
+    config = Config(rope_theta=1e5, num_layers=args.layers, max_positions=max(t for _, t, *_ in args.stages))
     if args.start or os.path.exists(path):
         tokenizer = Tokenizer.from_file(path)
     else:
