@@ -4,7 +4,7 @@
     python bench.py all --shape llama-3.1-8b   kernels, prefill, decode, memory and training of a real model, on a GPU
     python bench.py quality --quick            what the bundled model still knows with its gates: minutes on a CPU
     python bench.py quality --data BOOK        the same in an unseen book, beside simpler policies
-    python bench.py quality --item 1 --books BOOKS --data BOOK    an experiment (1 to 7) into assets/quality-1.json
+    python bench.py quality --item 1 --books BOOKS --data BOOK    an experiment (1 to 7) into .gates/quality-1.json
     python bench.py quality --prompts OUT.jsonl                   the questions, for any other engine ...
     python bench.py quality --prompts OUT.jsonl --score ANSWERS.jsonl        ... and the score of its answers
     python bench.py --plot                     draws assets/*.png from assets/*.json
@@ -13,8 +13,8 @@ Both sides of a comparison run in one process, in turn (in decode one after the 
 are medians, with the spread beside them, and the ratio is what counts. The dense side is the strongest there is: in
 prefill torch's scaled_dot_product_attention (on a GPU its cuDNN kernel) over the whole prompt at once, in decode our
 own kernel and graph with everything kept. Beside each time stands its floor: the bytes that must be read over the read
-bandwidth, or the operations over the matrix rate, both measured in the same run. Figures go to assets/*.json with
-command, commit and machine.
+bandwidth, or the operations over the matrix rate, both measured in the same run. --json keeps figures with command,
+commit and machine; those of the README are in assets/*.json.
 
 The experiments on quality: 1 lambda and tau, 2 the grace period, 3 simpler policies at equal bytes, 4 tasks by length
 and depth, 5 shift of domain, 6 the gate's width, 7 heads. Each trains the gates it needs (kept in --work) and writes
@@ -752,13 +752,20 @@ def digest(*facts):
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be made: {e.strerror}") from None
+
+
 class Experiment:
     """One item: its file of finished rows, its documents, its trained gates. All of it comes from the settings, so an
     interrupted run, started again, does only what is missing."""
 
     def __init__(self, item, model, args):
         self.model, self.args, self.text = model, args, Text(args.model)
-        self.path = args.json or (ASSETS / f"quality-{item}.json" if item in ITEMS else None)
+        self.path = args.json or (Path(args.work, f"quality-{item}.json") if item in ITEMS else None)
         preset, positions = SWEEP if train.is_bundled(args) else train.PAPER, model.config.max_positions
         asked = dict(seq_len=args.train_seq_len or tuple(n for n in preset.seq_len if n <= positions) or (positions,),
                      tokens_per_step=args.train_tokens_per_step, steps=args.train_steps,
@@ -795,6 +802,7 @@ class Experiment:
             row = dict(settings=settings, **measure(), **self.about)
             self.rows.append(row)
             if self.path:
+                make_folder(Path(self.path).parent)
                 write_whole(self.path, json.dumps(dict(settings=self.settings, rows=self.rows), indent=1) + "\n")
         if row in self.shown:
             return row
@@ -880,7 +888,7 @@ class Experiment:
 
     def kept(self, name, source, *facts):
         """The path in --work of what depends on the model, a source and these facts: a mark of them goes into {}."""
-        Path(self.args.work).mkdir(parents=True, exist_ok=True)
+        make_folder(self.args.work)
         mark = digest(self.settings["weights"], source, source != "own" and self.settings["books"], *facts)[:8]
         return Path(self.args.work, name.format(mark).replace(" ", "-"))
 
@@ -1124,8 +1132,9 @@ def curves(axis, rows, key, x, y):
         xs, ys, *errors = zip(*points)
         axis.errorbar(xs, ys, errors, fmt="o-", ms=3, lw=1.2, elinewidth=0.6, label=value, color=f"C{i}")
     axis.set_xscale("log")
-    axis.set_xticks([0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.1%", "1%", "2%", "5%", "10%", "20%", "50%", ""])
-    axis.set_xlim(min(row[x] for row in rows) * 0.8, 1.2)
+    ticks = 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1
+    axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    axis.autoscale(axis="x")                             # to what is drawn, where ticks had widened it
     axis.minorticks_off()
 
 
@@ -1271,6 +1280,7 @@ def check_quality(args, what):
             (args.score and not args.prompts, "--score needs --prompts too: the file with the questions"),
             (args.json and len(args.item) > 1, "--json is one file: it goes with one --item"),
             (args.gates and trains, f"item {trains and trains[0]} trains its own gates: --gates does not go with it"),
+            (Path(args.work).is_file(), f"--work {args.work} is a file, it should be a folder"),
             (5 in args.item and not (args.books and args.data), "item 5 needs --books, to train on, and another, --data"
              )):
         if clash:
@@ -1302,7 +1312,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=32, help="decode, memory: tokens written")
     parser.add_argument("--plain", action="store_true", help="kernels: the plain Triton prefill kernel as well")
     parser.add_argument("--item", type=int, nargs="+", action="extend", default=[], choices=ITEMS,
-                        help="quality: these experiments, each into its assets/quality-N.json")
+                        help="quality: these experiments, each into quality-N.json in --work, if no --json is given")
     parser.add_argument("--quick", action="store_true", help="quality: 24 questions a task in 1,024 tokens")
     parser.add_argument("--data", help="quality: the haystack, a text the model was not trained on (its own writing)")
     parser.add_argument("--books", help="quality: text to train gates on (the model's own writing)")
@@ -1313,7 +1323,8 @@ def main(argv=None):
     parser.add_argument("--taus", type=float, nargs="+", default=[0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 0.6], help="item 1")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="item 4")
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.9], help="item 4")
-    parser.add_argument("--work", metavar="FOLDER", default=".gates", help="quality: where trained gates are kept")
+    parser.add_argument("--work", metavar="FOLDER", default=".gates",
+                        help="quality: where trained gates and finished experiments are kept")
     parser.add_argument("--train-steps", type=int, help="quality: of a training of gates")
     parser.add_argument("--train-tokens-per-step", type=int, metavar="N")
     parser.add_argument("--train-seq-len", type=train.lengths, metavar="N", help="tokens a sample")

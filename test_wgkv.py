@@ -2377,10 +2377,9 @@ def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
     assert "has rows of another run, seed 0 there and 1 here" in capsys.readouterr().err
 
 
-def test_the_model_has_written_before_samples_are_drawn(toy, tmp_path, monkeypatch):
+def test_the_model_has_written_before_samples_are_drawn(toy, monkeypatch):
     """Its own writing put off until a sample asks for it: that is in another process, which cannot use the card."""
     wrote = []
-    monkeypatch.setattr(bench, "ASSETS", tmp_path)
     monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
     monkeypatch.setattr(bench, "bench_quality", lambda model, args: bench.Experiment(5, model, args).draw("both"))
     assert bench.main(toy) == 0 and len(wrote) == 1
@@ -2389,6 +2388,7 @@ def test_the_model_has_written_before_samples_are_drawn(toy, tmp_path, monkeypat
 def test_pictures_are_drawn_of_what_is_there(toy, tmp_path, monkeypatch, capsys):
     """Items 4 and 7 from end to end, and their pictures; one that fails for the lack of another's figures."""
     pytest.importorskip("matplotlib")
+    tmp_path = tmp_path / "gates"                                                    # --work, where figures go
     monkeypatch.setattr(bench, "ALL", ("facts", "prose"))
     monkeypatch.setattr(bench, "ASSETS", tmp_path)
     with pytest.raises(UserError, match="no figures"):
@@ -2445,6 +2445,7 @@ def test_the_quick_run_needs_nothing_from_outside(monkeypatch, capsys):
     (["--item", "1", "2", "--json", "x.json"], "--json"), (["--quick", "--item", "1"], "one of --item"),
     (["--score", "a.jsonl"], "--score needs --prompts"), (["--prompts", "no/such/p.jsonl"], "no/such"),
     (["--prompts", "no.jsonl", "--score", "no.jsonl"], "no.jsonl cannot be read"),
+    (["--item", "1", "--work", str(TINY_FOLDER / "config.json")], "--work"),
     (["--quick", "--json", str(TINY_FOLDER / "config.json")], "holds no rows"),
     (["--item", "4", "--lengths", "50", "--data", "x"], "lengths 128"), (["--depths", "2"], "--depths"),
     (["--taus", "0"], "--taus"), (["prefill"], "quality goes alone"),
