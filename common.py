@@ -1,0 +1,310 @@
+"""What the programs share: errors, reading untrusted files, writing whole files, options, clocks.
+
+Three rules of this repository are kept here, once:
+
+    a user's mistake      raise UserError: `run_program` prints one line on stderr and exits with status 2
+    an untrusted file     read it inside `reading(path)`: whatever goes wrong becomes a UserError that names the file
+    an output file        write it inside `replacing(path)`: a crash leaves the old file or the new one, nothing else
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_TEXT_FILE = 256 * 2**20     # bytes; the largest tokenizer.json in the wild has some 35 MiB
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+class UserError(Exception):
+    """Something the user can fix. The programs print it as one line and exit with status 2."""
+
+
+def say(message):
+    """Print a remark to stderr: stdout carries only results."""
+    if sys.stderr is not None:      # None if the shell closed it (2>&-); print would use stdout
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    r"""text with control characters and lone surrogates escaped (\x1b), but for line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+def one_line(text, limit=1000):
+    """text as a single line of at most `limit` characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def quoted(value, limit=80):
+    """repr(value), cut to `limit` characters: values from files can be megabytes long."""
+    return one_line(repr(value), limit)
+
+
+def reason(error):
+    """Why an exception was raised, in a few words: the system's own, or the first line of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0], 200)
+
+
+def run_program(main, argv=None):
+    """Run main(argv) and return the exit status: a mistake is one line on stderr and status 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        status = main(argv) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()      # a full disk behind stdout shows only now
+        return status
+    except UserError as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+        return 130
+    except BrokenPipeError:         # `| head`: the reader has what it wanted
+        drop_stdout()
+        return 0
+    except OSError as e:
+        drop_stdout()
+        message = f"{e.filename or 'the output'}: {reason(e)}"
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        message = f"out of memory, a smaller --chunk or --dtype may help: {reason(e)}"
+    say(f"{name}: {one_line(message)}")
+    return 2
+
+
+def is_out_of_memory(error):
+    """Is this torch's or Python's way of saying so? On a CPU torch raises a plain RuntimeError."""
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
+def drop_stdout():
+    """Let later writes to stdout, also Python's own at exit, go nowhere: its reader has gone."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---------------------------------------------------------------------------------- reading files
+
+@contextlib.contextmanager
+def reading(path, what="read"):
+    """The boundary around untrusted files: any error inside becomes a UserError naming the file.
+
+    Parsers raise almost anything (RecursionError for JSON nested 100,000 deep, MemoryError for a
+    header that asks for 2^60 bytes), so this catches every Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path} cannot be {what}: {reason(e)}") from None
+
+
+def check_regular(path, most=None):
+    """UserError unless path is a regular file (or a link to one) of at most `most` bytes.
+
+    A named pipe or a device in a model's folder would block or never end.
+    """
+    with reading(path):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    if most is not None and status.st_size > most:
+        raise UserError(f"{path} has {status.st_size:,} bytes; at most {most:,} are expected")
+
+
+def read_text(path, most=MAX_TEXT_FILE):
+    """The text of a regular UTF-8 file, without a byte-order mark."""
+    check_regular(path, most)
+    with reading(path):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path, required=True):
+    """The object in a JSON file; {} if it is absent and not required."""
+    if not os.path.lexists(path) and not required:
+        return {}
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing")
+    text = read_text(path)
+
+    def refuse(constant):           # NaN and Infinity are no JSON, but Python reads them
+        raise ValueError(f"{constant} is not a number")
+
+    with reading(path, "read as JSON"):
+        value = json.loads(text, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def check_number(path, key, value, low, high=math.inf, whole=False):
+    """value, if it is a number (a whole one) from low to high; else a UserError naming path and key.
+
+    JSON's true and false are ints to Python; they are refused, and so are strings and NaN.
+    """
+    kind = int if whole else (int, float)
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    wanted = "a whole number" if whole else "a number"
+    bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    raise UserError(f"{path}: {key} should be {wanted} {bounds}, it is {quoted(value)}")
+
+
+# ---------------------------------------------------------------------------------- writing files
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write to, renamed to `path` at the end of the block, removed on failure."""
+    part = f"{path}.part"
+    try:
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)      # some writers create their files as 0600
+        os.replace(part, path)
+    except UserError:
+        raise
+    except Exception as e:                  # safetensors has its own kinds for a full disk
+        raise UserError(f"{path} cannot be written: {reason(e)}") from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(part)
+
+
+def write_text(path, text):
+    """Write a whole text file, or leave what was there."""
+    with replacing(path) as part:
+        Path(part).write_text(text, encoding="utf-8")
+
+
+def check_writable(path):
+    """UserError now, rather than after the work, if a file cannot be written at path."""
+    path = str(path)
+    folder = os.path.dirname(path) or "."
+    if not path or "\0" in path:
+        raise UserError(f"{quoted(path)} is no name for a file")
+    if os.path.isdir(path):
+        raise UserError(f"{path} cannot be written: it is a folder")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: {folder} is no folder that can be written to")
+
+
+# ---------------------------------------------------------------------------------------- options
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors: one line, like all others."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def whole(low, high=2**63 - 1):
+    """The type of an option that takes a whole number from low to high."""
+    return number_type(int, "a whole number", low, high)
+
+
+def real(low, high=math.inf):
+    """The type of an option that takes a number from low to high; NaN is none."""
+    return number_type(float, "a number", low, high)
+
+
+def number_type(kind, name, low, high):
+    bounds = f"of at least {low}" if high in (math.inf, 2**63 - 1) else f"from {low} to {high}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"should be {name} {bounds}, it is {quoted(text)}")
+        return value
+
+    return parse
+
+
+def model_options(parser):
+    """Add the options that every program shares."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=str(HERE / "tiny"), metavar="FOLDER",
+                       help="a folder in Hugging Face layout, or a hub name (default: the bundled model)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    group.add_argument("--dtype", choices=DTYPES,
+                       help="of weights and cache (default: the model's own; float32 on a CPU)")
+    group.add_argument("--seed", type=whole(0), default=0, help="of everything random (default: 0)")
+
+
+def pick_device(name=None):
+    """The device called `name`, or a GPU if there is one, else the CPU. UserError if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {quoted(name)}: should be cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no CUDA device that torch "
+                            f"{torch.__version__} can use")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)       # Triton launches on the current device
+    return device
+
+
+# -------------------------------------------------------------------------------- time and memory
+
+def progress(total, description, unit, delay=1.0):
+    """A progress bar on stderr for work of more than `delay` seconds; `.update(n)` moves it."""
+    return tqdm(total=total, desc=description, unit=f" {unit}", unit_scale=True, delay=delay,
+                leave=False, disable=sys.stderr is None)
+
+
+def clock(device):
+    """Seconds now, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(device):
+    """The most memory held at once: the allocator's maximum on CUDA, the peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource                         # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(device):
+    """Memory that is free on a device, or None where nobody says: on a CPU only Linux does."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    return None
