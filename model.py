@@ -1,54 +1,51 @@
 """A Llama, from a folder of safetensors to hidden states.
 
-Reads the config.json, tokenizer.json and *.safetensors of a Hugging Face folder (Llama 2, 3, 3.1 and 3.2, Mistral
-without a sliding window, Qwen2.5, Qwen3) and runs it:
+Reads the config.json and *.safetensors of a Hugging Face folder (Llama 2, 3, 3.1 and 3.2, Mistral
+without a sliding window, Qwen2.5, Qwen3) and runs the model:
 
     model = Llama.from_pretrained("path/to/folder", device="cuda")
-    hidden = model(tokens)                   # (B, T) ids -> (B, T, hidden_size), after the final norm
-    logits = model.logits(hidden[:, -1])     # only for the positions that need them
+    hidden = model(tokens)                   # (B, T) ids -> (B, T, hidden_size), after final norm
+    logits = model.logits(hidden[:, -1])     # (B, vocab_size), only for positions that need them
 
-Nothing here knows about caches or gates. The forward pass hands q, k and v of each layer to an object `kv`, which owns
-everything that is remembered: positions, lengths, rotation and attention.
+This file knows nothing of KV caches or gates. Each layer hands its q, k and v to an object `kv`. It
+decides what is stored, which keys a query attends to, and where in its sequence each token stands:
 
-    kv.begin(T, lengths) -> positions        once a call, before the first layer
-    kv.attend(layer, q, k, v, cos, sin)      once a layer; q and k come unrotated
-    kv.end()                                 once a call: the only place where positions advance
+    positions = kv.begin(T, lengths)         # once per forward pass, before the first layer
+    y = kv.attend(layer, q, k, v, cos, sin)  # once per layer; q and k come before RoPE
+    kv.end()                                 # once per forward pass: only here positions advance
 
-Without a `kv` it is plain causal attention over the call's own tokens. wgkv.py has the others.
+Without a `kv` the model is plain causal attention over the tokens of the call (`CausalAttention`).
+wgkv.py has the caches.
 
-Letters in shapes: B sequences, T new tokens, Hq query heads, Hkv key/value heads, D head dim. Tensors that have heads
-are (B, heads, T, D).
+Letters in shapes: B sequences, T new tokens, S keys, Hq query heads, Hkv key/value heads, D head
+dim. Tensors that have heads are (B, heads, T, D).
+
+In order: config.json, RoPE, the model, from files to parameters. The last part is the longest and
+the dullest, for files from the internet come in many forms; skip it at first reading.
 """
-import json
 import math
 import os
-import sys
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from common import (DTYPES, UserError, check_number, check_regular, free_bytes, one_line, quoted,
+                    read_json, reading, say)
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class UserError(Exception):
-    """Something the person at the keyboard can mend. The scripts print it as one line and exit with status 2."""
-
-
-def say(message):
-    """A remark for the person: stderr, so that stdout carries only results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------------------------------ config.json
 
 @dataclass(frozen=True)
 class Config:
-    """What the shapes and the arithmetic depend on; see `read_config` for where each number is found."""
+    """What shapes and arithmetic depend on. `read_config` says where each value is found."""
     model_type: str = "llama"
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -60,165 +57,302 @@ class Config:
     norm_eps: float = 1e-5
     max_positions: int = 4096
     rope_theta: float = 10000.0
-    rope: dict = field(default_factory=dict)       # scaling: {"rope_type": "llama3", "factor": 8.0, ...} or empty
-    tied: bool = True                              # lm_head is the embedding
-    qk_norm: bool = False                          # Qwen3: RMSNorm of every q and k head before the rotation
+    rope: dict = field(default_factory=dict)    # {"rope_type": "llama3", "factor": 8.0, ...} or {}
+    tied: bool = True                           # the embedding is the LM head too
+    qk_norm: bool = False                       # Qwen3: RMSNorm of every q and k head before RoPE
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    dtype: str | None = None                       # what the folder says its weights are in
+    dtype: str | None = None                    # what the folder says its weights are
 
 
-def read_json(path, required=True):
-    """The object in a JSON file; {} if it is absent and not required. UserError if it cannot be read."""
-    if not os.path.exists(path):
-        if required:
-            raise UserError(f"{path} is missing: a model is a folder in Hugging Face layout, with config.json, "
-                            "tokenizer.json and model.safetensors (or an index and its shards)")
-        return {}
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, it holds a {type(value).__name__}")
-    return value
+class Fields:
+    """The fields of a JSON object from a file, checked for type and range where they are asked for.
+
+    A null counts as absent: folders write `"rope_scaling": null` and the like.
+    """
+
+    def __init__(self, path, values, of=""):
+        self.path = path
+        self.values = values
+        self.of = of                            # for messages: whose fields these are
+
+    def get(self, key, default=None):
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key, low, high, default=None, whole=False):
+        return check_number(self.path, self.of + key, self.get(key, default), low, high, whole)
+
+    def size(self, key, most, default=None):
+        return self.number(key, 1, most, default, whole=True)
+
+    def flag(self, key, default=False):
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "should be true or false")
+        return value
+
+    def error(self, key, value, why):
+        return UserError(f"{self.path}: {self.of}{key} {quoted(value)} {why}")
 
 
 def read_config(folder):
-    """Config from folder/config.json. UserError, naming the key, for anything this code would compute wrongly."""
+    """The Config in folder/config.json. A UserError names the key that we would get wrong."""
     path = os.path.join(folder, "config.json")
-    c = read_json(path)
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: a model is a folder in Hugging Face layout, with "
+                        "config.json, tokenizer.json and model.safetensors (or index and shards)")
+    c = Fields(path, read_json(path))
+    refuse_unsupported(c)
+    kind = c.get("model_type")
+    dtype = c.get("dtype", c.get("torch_dtype"))
+    if dtype is not None and not isinstance(dtype, str):
+        raise c.error("dtype", dtype, "should be a name such as bfloat16")
+
+    # The limits are far above every model we know: Llama 405B has 126 layers of 16,384 and 128
+    # heads. They only keep a broken config from making us work forever. The tensors' own shapes
+    # come later.
+    hidden = c.size("hidden_size", 2**20)
+    heads = c.size("num_attention_heads", 2**14)
+    kv_heads = c.size("num_key_value_heads", 2**14, default=heads)
+    head_dim = c.size("head_dim", 2**14, default=hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{path}: num_attention_heads {heads} should be a multiple of "
+                        f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
+    theta, rope = read_rope(c)
+    bias = c.flag("attention_bias")
+    return Config(
+        model_type=kind,
+        vocab_size=c.size("vocab_size", 2**24),
+        hidden_size=hidden,
+        intermediate_size=c.size("intermediate_size", 2**20),
+        num_layers=c.size("num_hidden_layers", 1024),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=c.number("rms_norm_eps", 1e-12, 0.1, default=1e-6),
+        max_positions=c.size("max_position_embeddings", 2**30),
+        rope_theta=theta,
+        rope=rope,
+        tied=c.flag("tie_word_embeddings"),
+        qk_norm=kind == "qwen3",
+        qkv_bias=bias or kind == "qwen2",       # Qwen2 has these three biases and no key for them
+        out_bias=bias,
+        mlp_bias=c.flag("mlp_bias"),
+        dtype=dtype)
+
+
+def refuse_unsupported(c):
+    """UserError for a model that needs what this file does not have."""
     kind = c.get("model_type")
     if kind not in SUPPORTED:
-        raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise c.error("model_type", kind, f"is not supported; supported are {', '.join(SUPPORTED)}")
     if c.get("quantization_config"):
-        raise UserError(f"{path}: quantization_config {json.dumps(c['quantization_config'])[:80]}: quantised folders "
-                        "are not supported")
+        raise c.error("quantization_config", c.get("quantization_config"),
+                      "is not supported: quantised folders cannot be read")
     if c.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    slides = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
-    if slides or "sliding_attention" in (c.get("layer_types") or ()):
-        raise UserError(f"{path}: sliding_window {c.get('sliding_window')} is in use: sliding-window models are not "
-                        "supported")
+        raise c.error("hidden_act", c.get("hidden_act"), "is not supported, only 'silu' is")
 
-    def need(key, default=None):
-        value = c.get(key) if c.get(key) is not None else default
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {key} should be a whole number above 0, it is {value!r}")
-        return value
+    # Qwen2.5 stores a sliding window and switches it off; Mistral v0.1 has no switch and uses it.
+    window = c.get("sliding_window")
+    if window and c.flag("use_sliding_window", default=kind == "mistral"):
+        raise c.error("sliding_window", window, "is in use: such models are not supported")
+    layer_types = c.get("layer_types", [])
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        raise c.error("layer_types", layer_types, "should be a list of 'full_attention': "
+                      "sliding_window and linear-attention layers are not supported")
 
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+
+# The settings of RoPE scaling: what each type needs, and the range of each number where it is
+# given.
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+ROPE_RANGES = {
+    "factor": (1, 1e6),
+    "original_max_position_embeddings": (1, 2**30),
+    "low_freq_factor": (1e-3, 1e3),
+    "high_freq_factor": (1e-3, 1e3),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "mscale": (0, 1e3),
+    "mscale_all_dim": (0, 1e3),
+}
+
+
+def read_rope(c):
+    """rope_theta and the settings of RoPE scaling ({} for none) from the fields of a config.
+
+    transformers 5 moved rope_theta and rope_scaling into rope_parameters. Both forms are around,
+    and a reader who knows only one of them computes with 10000 and no scaling, and notices only in
+    long texts.
+    """
+    rope = c.get("rope_parameters") or c.get("rope_scaling", {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{path}: rope_parameters (or rope_scaling) should be one set of settings for all layers, it "
-                        f"is {json.dumps(rope)[:80]}")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or c.get("rope_theta")         # of two, the one transformers would take
+        raise c.error("rope_parameters (or rope_scaling)", rope,
+                      "should be one set of settings for all layers")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in tuple(ROPE_NEEDS):
+        raise c.error("rope type", kind, "is not supported; supported are default, linear, llama3 "
+                      "and yarn")
+
+    rope = Fields(c.path, rope, of=f"{kind} RoPE's ")
+    theta = rope.get("rope_theta", c.get("rope_theta"))         # of two, the one transformers takes
     if theta is None:
         theta = 10000.0
-        say(f"{path}: no rope_theta in it, neither at the top nor in rope_parameters: 10000 is assumed")
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope_type not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"{path}: rope type {rope_type!r} is not supported; supported are default, linear, llama3 and "
-                        "yarn")
-    if rope_type != "default":
-        wanted = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        for key in wanted.get(rope_type, ("factor",)):
-            if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
-                raise UserError(f"{path}: rope type {rope_type} needs a number {key}, it is {rope.get(key)!r}")
-    hidden, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads, head_dim = need("num_key_value_heads", heads), need("head_dim", hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{path}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}, "
-                        f"and head_dim {head_dim} even")
-    if not isinstance(theta, (int, float)):
-        raise UserError(f"{path}: rope_theta should be a number, it is {theta!r}")
-    bias = bool(c.get("attention_bias", False))
-    return Config(
-        model_type=kind, vocab_size=need("vocab_size"), hidden_size=hidden,
-        intermediate_size=need("intermediate_size"), num_layers=need("num_hidden_layers"), num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim, norm_eps=c.get("rms_norm_eps", 1e-6),
-        max_positions=need("max_position_embeddings"), rope_theta=float(theta),
-        rope={} if rope_type == "default" else {"rope_type": rope_type, **rope},
-        tied=bool(c.get("tie_word_embeddings", False)), qk_norm=kind == "qwen3",
-        qkv_bias=bias or kind == "qwen2", out_bias=bias, mlp_bias=bool(c.get("mlp_bias", False)),
-        dtype=c.get("dtype") or c.get("torch_dtype"))
+        say(f"{c.path}: no rope_theta, neither at the top nor in rope_parameters: 10000 is assumed")
+    theta = float(check_number(c.path, "rope_theta", theta, 2, 1e15))
+    if kind == "default":
+        return theta, {}
+
+    settings = {"rope_type": kind}
+    for key, (low, high) in ROPE_RANGES.items():
+        if key in ROPE_NEEDS[kind] or rope.get(key) is not None:
+            settings[key] = rope.number(key, low, high)
+    if rope.get("truncate") is not None:
+        settings["truncate"] = rope.flag("truncate")
+    if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
+        raise rope.error("low_freq_factor", settings["low_freq_factor"],
+                         f"should be below its high_freq_factor {settings['high_freq_factor']}")
+    return theta, settings
 
 
-# -------------------------------------------------------------------------------------------------------------- RoPE
-# Rotary position embedding (arXiv 2104.09864): dimension pair m of a head, (x[m], x[m + D/2]), is turned by the angle
-# position * inv_freq[m], so that q . k depends on positions only through their difference.
+# ------------------------------------------------------------------------------------------- RoPE
+# Rotary position embedding (arXiv 2104.09864). A head of D numbers is D/2 pairs (x[m], x[m + D/2]),
+# and pair m is rotated by the angle position * inv_freq[m], with
+#
+#     inv_freq[m] = theta^(-2m / D)
+#
+# A dot product of two rotated pairs depends on the difference of their angles only, so q . k
+# depends on how far apart query and key are, and not on where. With D = 128 and theta = 500,000
+# (Llama 3), pair 0 rotates by 1 radian a token (a full turn every 6.3 tokens) and pair 63 by 2.5e-6
+# (every 2.6 million).
 
 def rope_frequencies(config):
-    """inv_freq (D/2) fp32 on the CPU, and the factor on cos and sin (1 except for yarn)."""
-    D, base, r = config.head_dim, config.rope_theta, config.rope
-    inv_freq = base ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
-    kind = r.get("rope_type", "default")
+    """inv_freq (D/2,) fp32 on the CPU, and the factor on cos and sin (1 except for yarn)."""
+    D = config.head_dim
+    pair = torch.arange(D // 2, dtype=torch.float32, device="cpu")
+    inv_freq = config.rope_theta ** (-2 * pair / D)
+
+    # A model that was trained on short texts has never met the angles of long ones. Scaling slows
+    # the rotation down, by a factor such as 8, so that a text 8 times as long shows it no new
+    # angles.
+    kind = config.rope.get("rope_type", "default")
     if kind == "linear":
-        return inv_freq / r["factor"], 1.0
+        return inv_freq / config.rope["factor"], 1.0
     if kind == "llama3":
-        # Slow waves (longer than the original context allows for) are stretched, fast ones kept, those between blended.
-        turns = r["original_max_position_embeddings"] * inv_freq / (2 * math.pi)       # in the original context
-        low, high = r["low_freq_factor"], r["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return inv_freq * (keep + (1 - keep) / r["factor"]), 1.0
+        return llama3_frequencies(config, inv_freq), 1.0
     if kind == "yarn":
-        # arXiv 2309.00071: the same idea, with the blend linear in the dimension, and a temperature on the scores.
-        original = r.get("original_max_position_embeddings") or config.max_positions
-
-        def dimension(turns):                          # the (fractional) pair that turns this often in the context
-            return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-        low, high = dimension(r.get("beta_fast") or 32), dimension(r.get("beta_slow") or 1)
-        if r.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        stretch = ((torch.arange(D // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-
-        def temperature(m):
-            return 0.1 * m * math.log(r["factor"]) + 1 if r["factor"] > 1 else 1.0
-
-        scale = r.get("attention_factor")
-        if scale is None:
-            m, m_all = r.get("mscale"), r.get("mscale_all_dim")
-            scale = temperature(m) / temperature(m_all) if m and m_all else temperature(1)
-        return inv_freq * (1 - stretch + stretch / r["factor"]), scale
+        return yarn_frequencies(config, inv_freq), yarn_temperature(config.rope)
     return inv_freq, 1.0
 
 
+def llama3_frequencies(config, inv_freq):
+    """Slow pairs are scaled, fast ones (which tell neighbours apart) kept, those between blended.
+
+    Llama 3.1: original context 8192, factor 8, low 1, high 4, theta 500,000, D = 128. Full turns in
+    8192 tokens, and how much of inv_freq is kept: pair 28 turns 4.19 times, is above 4, keeps all
+    of it; pair 63 turns 0.003 times, is below 1, gets 1/8 of it; pair 31 turns 2.26 times, lies
+    0.42 of the way from 1 to 4, and gets 0.42 + 0.58 / 8 = 0.49 of it.
+    """
+    r = config.rope
+    turns = r["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    keep = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
+    keep = keep.clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / r["factor"])
+
+
+def yarn_frequencies(config, inv_freq):
+    """YaRN (arXiv 2309.00071): the same idea, with a blend that is linear in the pair's number.
+
+    Qwen2.5: original context 32768, theta 1,000,000, D = 128. Pair 23.6 turns 32 times in it and
+    pair 39.7 once. So pairs up to 23 are kept, pairs from 40 on are scaled, pair 31 is about
+    halfway.
+    """
+    D = config.head_dim
+    r = config.rope
+    original = r.get("original_max_position_embeddings") or config.max_positions
+
+    def pair_that_turns(times):
+        """Which m, as a real number, has original * inv_freq[m] = times * 2 pi?"""
+        return D * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = pair_that_turns(r.get("beta_fast") or 32)
+    high = pair_that_turns(r.get("beta_slow") or 1)
+    if r.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    scaled = (torch.arange(D // 2, device="cpu") - low) / max(high - low, 0.001)
+    scaled = scaled.clamp(0, 1)
+    return inv_freq * (1 - scaled + scaled / r["factor"])
+
+
+def yarn_temperature(r):
+    """YaRN's factor on cos and sin, for sharper attention: 0.1 log(4) + 1 = 1.139 for factor 4."""
+    if r.get("attention_factor") is not None:
+        return r["attention_factor"]
+
+    def temperature(mscale):
+        return 0.1 * mscale * math.log(r["factor"]) + 1
+
+    if r.get("mscale") and r.get("mscale_all_dim"):
+        return temperature(r["mscale"]) / temperature(r["mscale_all_dim"])
+    return temperature(1)
+
+
 def rotate(x, cos, sin):
-    """x (B, heads, T, D) turned by the angles of its positions; cos, sin (B, 1, T, D) fp32. Computed in fp32."""
+    """RoPE of x (B, heads, T, D). cos and sin (B, 1, T, D) are fp32, and so is the arithmetic."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)     # each pair (a, b) as (-b, a)
     return (x * cos + turned * sin).to(x.dtype)
 
 
-# --------------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------- the model
+
+def kernels_for(x):
+    """The module of Triton kernels if it can run on x, else None: PyTorch then computes the same.
+
+    The kernels run on CUDA devices. They load 16 bytes at a time, which is 8 numbers of 2 bytes, so
+    each row of x must be a multiple of 8 long. This is the one place that chooses, for all our
+    files.
+    """
+    if not x.is_cuda or x.shape[-1] % 8:
+        return None
+    import kernels          # here and not above: without a GPU nobody needs to have Triton
+    return kernels
+
 
 def attention(q, k, v, mask=None, is_causal=False):
-    """torch's own attention, (B, Hq, T, D), where query head h reads KV head h // G of k, v (B, Hkv, S, D).
+    """torch's attention with grouped queries (GQA): query head h reads KV head h // G.
 
-    On a GPU none of its fused kernels takes fp32 with fewer KV heads, and what is left holds all T x S scores at once:
-    so there the KV heads are repeated.
+    q (B, Hq, T, D); k, v (B, Hkv, S, D); mask (..., T, S); G = Hq / Hkv. Returns (B, Hq, T, D).
     """
     G = q.shape[1] // k.shape[1]
     if G > 1 and q.is_cuda and q.dtype == torch.float32:
-        k, v, G = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1), 1
+        # None of torch's fused kernels has GQA in fp32. Without one it would hold all T x S scores
+        # at once, so here we rather hold every KV head G times.
+        k = k.repeat_interleave(G, dim=1)       # (B, Hq, S, D)
+        v = v.repeat_interleave(G, dim=1)
+        G = 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=G > 1)
 
 
 class CausalAttention:
-    """The `kv` of a call without one: every token sees itself and all before it in the call; nothing is remembered."""
+    """The `kv` of a call without one: a token attends to itself and all before it."""
 
     def __init__(self, device):
         self.device = device
 
     def begin(self, T, lengths=None):
-        return torch.arange(T, device=self.device)[None]
+        return torch.arange(T, device=self.device)[None]    # (1, T), for every sequence
 
     def attend(self, layer, q, k, v, cos, sin):
+        # Padding is on the right, where no real token looks: `lengths` changes nothing here.
         return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
 
     def end(self):
@@ -226,93 +360,118 @@ class CausalAttention:
 
 
 def add_norm(x, y, norm):
-    """x + y (or x, if y is None) and its norm. On a GPU and without gradients in one kernel, which writes over x."""
-    if x.is_cuda and not torch.is_grad_enabled():
-        import kernels
+    """(x + y, norm(x + y)); y may be None. The kernel does both in one pass, and writes over x."""
+    kernels = kernels_for(x)
+    if kernels and not torch.is_grad_enabled():
         return kernels.add_norm(x, y, norm)
-    x = x if y is None else x + y
+    if y is not None:
+        x = x + y
     return x, norm(x)
 
 
 def silu_product(x):
-    """SiLU(gate) * up for x = [gate ; up] along the last dimension."""
-    if x.is_cuda and not torch.is_grad_enabled():
-        import kernels
+    """SwiGLU's product: x (B, T, 2m) = [gate ; up] -> SiLU(gate) * up (B, T, m)."""
+    kernels = kernels_for(x)
+    if kernels and not torch.is_grad_enabled():
         return kernels.silu_product(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    q, k, v are rows of one matrix, and so are the MLP's gate and up: one large matrix product is
+    faster than several small ones.
+    """
 
     def __init__(self, c):
         super().__init__()
         self.heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q_size = c.num_heads * c.head_dim
+        kv_size = c.num_kv_heads * c.head_dim
         self.attn_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        self.qkv = nn.Linear(c.hidden_size, q + 2 * kv, bias=c.qkv_bias)
+        self.qkv = nn.Linear(c.hidden_size, q_size + 2 * kv_size, bias=c.qkv_bias)
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else nn.Identity()
-        self.out = nn.Linear(q, c.hidden_size, bias=c.out_bias)
+        self.out = nn.Linear(q_size, c.hidden_size, bias=c.out_bias)
         self.mlp_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x, y, kv, layer, cos, sin):
-        """The residual stream x (B, T, hidden_size) and what the layer before adds to it, y or None -> the same."""
+        """x (B, T, hidden_size) is the residual stream, y or None what the layer before adds to it.
+
+        Returns both for the next layer. The sum x + y is left to the next norm, where one kernel
+        does both.
+        """
         B, T, _ = x.shape
         Hq, Hkv, D = self.heads
-        x, y = add_norm(x, y, self.attn_norm)
-        qkv = self.qkv(y).view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)
-        q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                                  # (B, Hq or Hkv, T, D)
-        y = kv.attend(layer, self.q_norm(q), self.k_norm(k), v, cos, sin)           # (B, Hq, T, D)
-        x, y = add_norm(x, self.out(y.transpose(1, 2).reshape(B, T, Hq * D)), self.mlp_norm)
-        return x, self.down(silu_product(self.gate_up(y)))
+        x, y = add_norm(x, y, self.attn_norm)                       # both (B, T, hidden_size)
+
+        qkv = self.qkv(y)                                           # (B, T, (Hq + 2 Hkv) * D)
+        qkv = qkv.view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)       # (B, Hq + 2 Hkv, T, D)
+        q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                  # (B, Hq or Hkv, T, D) each
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        y = kv.attend(layer, q, k, v, cos, sin)                     # (B, Hq, T, D)
+        y = y.transpose(1, 2).reshape(B, T, Hq * D)                 # heads side by side
+        y = self.out(y)                                             # (B, T, hidden_size)
+
+        x, y = add_norm(x, y, self.mlp_norm)
+        y = silu_product(self.gate_up(y))                           # (B, T, intermediate_size)
+        return x, self.down(y)
 
 
 class Llama(nn.Module):
-    """The whole decoder. `model(tokens, kv, lengths)` gives hidden states, `model.logits(hidden)` the scores."""
+    """The decoder: model(tokens, kv, lengths) gives hidden states, model.logits(hidden) scores."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        c = config
+        self.config = config
         self.name = "model"
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        # Not a buffer: angles need fp32, and model.to(bfloat16) would take a buffer along.
+        # Not a buffer: angles need fp32, and model.to(bfloat16) would convert a buffer too. At
+        # position 100,000 bf16 has steps of 512.
         self.inv_freq, self.rope_scale = rope_frequencies(c)
 
     def forward(self, tokens, kv=None, lengths=None, checkpoint=False):
         """Hidden states (B, T, hidden_size) of new tokens (B, T), after the final norm.
 
-        lengths (B) int64: how many of the T tokens of each sequence are real; the rest is padding on the right, which
-        is never remembered and whose hidden states mean nothing. checkpoint: recompute layers in the backward pass.
+        lengths (B,) int64: how many of the T tokens of each sequence are real. The rest is padding
+        on the right. It is never stored, and its hidden states mean nothing.
+        checkpoint: keep no activations inside layers, but compute them again in the backward pass.
         """
-        kv = kv if kv is not None else CausalAttention(tokens.device)
-        cos, sin = self.rope(kv.begin(tokens.shape[1], lengths))
-        x, y = self.embed(tokens), None
+        if kv is None:
+            kv = CausalAttention(tokens.device)
+        positions = kv.begin(tokens.shape[1], lengths)              # (B or 1, T)
+        cos, sin = self.rope(positions)                             # (B or 1, 1, T, D)
+        x = self.embed(tokens)                                      # (B, T, hidden_size)
+        y = None
         for i, layer in enumerate(self.layers):
             if checkpoint:
-                x, y = torch.utils.checkpoint.checkpoint(layer, x, y, kv, i, cos, sin, use_reentrant=False)
+                x, y = recompute(layer, x, y, kv, i, cos, sin, use_reentrant=False)
             else:
                 x, y = layer(x, y, kv, i, cos, sin)
         kv.end()
         return add_norm(x, y, self.norm)[1]
 
     def rope(self, positions):
-        """cos, sin (B, 1, T, D) fp32 for positions (B, T)."""
+        """cos and sin (B, 1, T, D) fp32 of the angles at positions (B, T); the 1 is for heads."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[:, None, :, None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = positions[:, None, :, None].float() * self.inv_freq        # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)    # both numbers of a pair have the same angle
         return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
 
     def logits(self, hidden):
         """Scores (..., vocab_size) for hidden states (..., hidden_size)."""
-        return F.linear(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight)
+        head = self.embed if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
 
     @property
     def device(self):
@@ -326,203 +485,282 @@ class Llama(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=None):
         """The model in a local folder, or of a hub name such as "meta-llama/Llama-3.2-1B".
 
-        dtype: a torch dtype, else the config's, else the tensors' own; on the CPU half precision becomes fp32 unless
-        asked for. One tensor at a time goes from the memory-mapped file to its place on the device, so nothing is held
-        twice. Every tensor must be used and every parameter filled. Raises UserError with the tensor and the file.
+        dtype: a torch dtype, else the config's, else the tensors' own. On a CPU the default is
+        fp32, where half precision is slow or absent. Every tensor must be used and every parameter
+        filled. Raises UserError, with the tensor and the file.
         """
+        device = torch.device(device)
         folder = find_folder(path)
         config = read_config(folder)
-        files = find_tensors(folder, config)
-        has = {name.rsplit("layers.0.", 1)[-1] for name in files if "layers.0." in name}
-        config = replace(config, tied=config.tied or "lm_head.weight" not in files,
-                         qkv_bias=config.qkv_bias or "self_attn.q_proj.bias" in has,
-                         out_bias=config.out_bias or "self_attn.o_proj.bias" in has,
-                         mlp_bias=config.mlp_bias or "mlp.up_proj.bias" in has)
+        files = find_tensors(folder)
+        config = complete_config(config, files, folder)
+        spare_head = files.pop("lm_head.weight", None) if config.tied else None
+
+        # Names and shapes stand in the files' headers. We compare them all before we allocate: on
+        # the meta device parameters have shapes and no memory.
+        check_names(folder, config, files)
         dtype = dtype or pick_dtype(config, files, device)
         with torch.device("meta"):
             model = cls(config).to(dtype)
+        check_shapes(model, files)
         check_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device, dtype)
-        try:
-            model.to_empty(device=device)
-        except torch.OutOfMemoryError as e:
-            raise UserError(f"{folder}: the weights do not fit on {device}: {str(e).splitlines()[0]}") from None
-        fill(model, files, folder)
+
+        model.to_empty(device=device)
+        fill(model, files)
+        if spare_head is not None:
+            compare_head(model, spare_head)
         model.name = Path(path).resolve().name if os.path.isdir(path) else str(path)
         return model.eval().requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------------- from files to parameters
+# ---------------------------------------------------------------------- from files to parameters
 
-READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+METAS_OWN = ("Meta's own, with q and k rows in another order; use the Hugging Face files of the "
+             f"model ({SINGLE}, or {INDEX} and its shards, with names like self_attn.q_proj)")
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def find_folder(path):
-    """The local folder of a model: path itself, or where the hub's files are cached. Fetches only what is read."""
+    """The local folder of a model: path itself, or the hub's cached copy, fetched if need be."""
     path = str(path)
     if os.path.isdir(path):
         return path
-    if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(f"{path} is no folder, and no hub name of the form owner/name either")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    found = {}
-
-    def fetch(name, optional=False):
-        try:
-            found[name] = hf_hub_download(path, name)
-        except Exception as e:                                  # the network's libraries raise their own kinds
-            offline = isinstance(e, LocalEntryNotFoundError)    # and the file is not in the cache either
-            if offline and optional:
-                say(f"{path}: the hub cannot be reached and {name} is not in its cache: going on without it")
-            elif offline or not isinstance(e, EntryNotFoundError):
-                why = " ".join(str(e).split())[:300] or type(e).__name__
-                raise UserError(f"{path} is no local folder, and fetching {name} from the hub failed: {why}") from None
-
-    for name in (*READ, INDEX):
-        fetch(name, optional=name != "config.json")
-    if INDEX in found:
-        for shard in sorted(set(read_index(found[INDEX]).values())):
-            fetch(shard)
-    else:
-        fetch(SINGLE)
-    if "config.json" not in found:
-        raise UserError(f"{path}: the hub's repository has no config.json")
-    return os.path.dirname(found["config.json"])
-
-
-def read_index(index):
-    """{tensor: shard} from an index file; a shard outside the folder is refused."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: it has no weight_map")
-    for shard in weight_map.values():
-        parts = Path(shard).parts if isinstance(shard, str) else ("..",)
-        if os.path.isabs(str(shard)) or ".." in parts or "\\" in str(shard):
-            raise UserError(f"{index}: the shard {shard!r} lies outside the folder; refused")
-    return weight_map
+    try:
+        from huggingface_hub import snapshot_download
+        # Only what we read, at the top level: original/ and *.bin hold the same weights again.
+        folder = snapshot_download(path, allow_patterns=[*READ, INDEX, "model*.safetensors"],
+                                   ignore_patterns=["*/*"])
+    except Exception as e:      # of any kind; the third line of a message may be the one to read
+        why = one_line(e, 400) or type(e).__name__
+        raise UserError(f"{path} is no local folder, and the hub did not give it: {why}") from None
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"{path}: no config.json on the hub, or none in its cached copy {folder}")
+    return folder
 
 
 def open_tensors(path):
-    """A memory-mapped safetensors file. UserError if it is absent, a git-lfs pointer, or broken."""
-    try:
-        with open(path, "rb") as f:
-            if f.read(20).startswith(b"version https://git"):
-                raise UserError(f"{path} is a git-lfs pointer, not the data: run git lfs pull")
+    """A memory-mapped safetensors file, of which only the header is read; UserError if broken."""
+    refuse_pointer(path)
+    with reading(path, "read as safetensors, it may be truncated"):
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as safetensors, it may be truncated: {e}") from None
 
 
-def find_tensors(folder, config):
-    """{name without "model.": (open file, name in the file, path)} for every tensor to load.
+def refuse_pointer(path):
+    """UserError if path is no regular file, or what git leaves in its place without git-lfs."""
+    check_regular(path)
+    with reading(path), open(path, "rb") as f:
+        start = f.read(20)
+    if start.startswith(b"version https://git"):
+        raise UserError(f"{path} is a git-lfs pointer, not the data: run git lfs pull")
 
-    The index decides where there is one, else model.safetensors; other files in the folder are not looked at.
+
+class StoredTensor:
+    """A tensor in a safetensors file: shape and dtype from the header, the data by `read`."""
+
+    def __init__(self, path, file, name):
+        self.path, self.file, self.name = path, file, name
+        with reading(path):
+            header = file.get_slice(name)
+            self.shape = tuple(header.get_shape())
+            self.dtype = header.get_dtype()             # "BF16" and the like
+
+    def read(self):
+        with reading(self.path):
+            return self.file.get_tensor(self.name)
+
+
+def check_finite(path, name, tensor):
+    """UserError if a tensor holds NaN or infinity: they would end in empty or senseless answers.
+
+    The smallest and the largest number tell, since NaN makes both NaN. `isfinite` would allocate as
+    much as the tensor again, and took 50 times as long.
     """
-    index, single = os.path.join(folder, INDEX), os.path.join(folder, SINGLE)
-    files = {}
-    if os.path.exists(index):
-        handles = {}
-        for name, shard in read_index(index).items():
-            path = os.path.join(folder, shard)
-            if shard not in handles:
-                if not os.path.exists(path):
-                    raise UserError(f"{index}: the shard {shard} that should hold {name} is not in the folder")
-                handles[shard] = open_tensors(path)
-                handles[shard] = (handles[shard], set(handles[shard].keys()))
-            if name not in handles[shard][1]:
-                raise UserError(f"{index}: {name} should be in {shard} and is not")
-            files[name] = (handles[shard][0], name, path)
-    elif os.path.exists(single):
-        handle = open_tensors(single)
-        files = {name: (handle, name, single) for name in handle.keys()}
-    elif any(f.startswith("consolidated") for f in os.listdir(folder)):
-        raise UserError(f"{folder}: consolidated.* are Meta's own files, whose q and k rows are laid out differently; "
-                        "use the model.safetensors (or shards and index) of the Hugging Face repository")
+    low, high = tensor.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {quoted(name)} holds NaN or infinity (as {kind})")
+
+
+def find_tensors(folder):
+    """{name without "model.": StoredTensor} of all tensors that the folder has for us.
+
+    The index decides where there is one, else model.safetensors. We read no other file: folders
+    often have the same weights again in another form beside it.
+    """
+    index = os.path.join(folder, INDEX)
+    single = os.path.join(folder, SINGLE)
+    if os.path.lexists(index):
+        stored = open_shards(folder, index)
+    elif os.path.lexists(single):
+        file = open_tensors(single)
+        stored = [StoredTensor(single, file, name) for name in file.keys()]
+    elif any(name.startswith("consolidated") for name in os.listdir(folder)):
+        raise UserError(f"{folder}: consolidated.* are {METAS_OWN}")
     else:
-        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there (pickled *.bin files are not read)")
-    metas = [path for name, (_, _, path) in files.items() if name.endswith("attention.wq.weight")]
-    if metas:
-        raise UserError(f"{metas[0]}: tensors named attention.wq are Meta's own layout, whose q and k rows are ordered "
-                        "differently; use the Hugging Face files of the model (self_attn.q_proj)")
-    files = {n.removeprefix("model."): v for n, v in files.items() if not n.endswith("rotary_emb.inv_freq")}
-    if "embed_tokens.weight" not in files and "lm_head.weight" in files and config.tied:
-        files["embed_tokens.weight"] = files.pop("lm_head.weight")
-    elif config.tied and "lm_head.weight" in files:
-        head, embedding = (f.get_tensor(n) for f, n, _ in (files.pop("lm_head.weight"), files["embed_tokens.weight"]))
-        if not torch.equal(head, embedding):
-            say(f"{folder}: the config ties lm_head to the embedding, a stored lm_head differs: the embedding is used")
-    elif not config.tied and "lm_head.weight" not in files:
-        say(f"{folder}: the config says lm_head is not tied, but none is stored: the embedding is used")
+        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there (*.bin are not read)")
+
+    files = {}
+    for tensor in stored:
+        if tensor.name.endswith("attention.wq.weight"):
+            raise UserError(f"{tensor.path}: tensors named attention.wq are {METAS_OWN}")
+        if tensor.name.endswith("rotary_emb.inv_freq"):
+            continue                            # old files store what `rope_frequencies` computes
+        name = tensor.name.removeprefix("model.")
+        if name in files:
+            raise UserError(f"{tensor.path}: {quoted(name)} is stored twice, with and without the "
+                            "prefix 'model.'")
+        files[name] = tensor
     return files
 
 
+def open_shards(folder, index):
+    """[StoredTensor] of what the index names; UserError if a shard or a tensor in it is missing."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: it has no weight_map of tensor names to shards")
+    shards = {}
+    stored = []
+    for name, shard in weight_map.items():
+        path = shard_path(folder, index, shard)
+        if shard not in shards:
+            if not os.path.lexists(path):
+                raise UserError(f"{index}: the shard {quoted(shard)} that should hold "
+                                f"{quoted(name)} is not in the folder")
+            file = open_tensors(path)
+            shards[shard] = (file, set(file.keys()))
+        file, names = shards[shard]
+        if name not in names:
+            raise UserError(f"{index}: {quoted(name)} should be in {shard} and is not")
+        stored.append(StoredTensor(path, file, name))
+    return stored
+
+
+def shard_path(folder, index, shard):
+    """folder/shard; UserError if that is outside the folder: an index names no other files."""
+    inside = isinstance(shard, str) and not os.path.isabs(shard) and "\\" not in shard
+    if not inside or ".." in Path(shard).parts or "\0" in shard:
+        raise UserError(f"{index}: the shard {quoted(shard)} lies outside the folder; refused")
+    return os.path.join(folder, shard)
+
+
+def complete_config(config, files, folder):
+    """config with what only the files know: is there an LM head, and where are biases?"""
+    tied = config.tied
+    if not tied and "lm_head.weight" not in files:
+        say(f"{folder}: the config says lm_head is not tied, but none is stored: "
+            "the embedding is used")
+        tied = True
+    if tied and "embed_tokens.weight" not in files and "lm_head.weight" in files:
+        files["embed_tokens.weight"] = files.pop("lm_head.weight")
+    return replace(config, tied=tied,
+                   qkv_bias=config.qkv_bias or "layers.0.self_attn.q_proj.bias" in files,
+                   out_bias=config.out_bias or "layers.0.self_attn.o_proj.bias" in files,
+                   mlp_bias=config.mlp_bias or "layers.0.mlp.up_proj.bias" in files)
+
+
 def checkpoint_names(config):
-    """{name in a checkpoint: (our parameter, first row, last row + 1)}; q, k, v and gate, up are stacked in ours."""
-    c, names = config, {"embed_tokens.weight": ("embed.weight", 0, None), "norm.weight": ("norm.weight", 0, None)}
-    q, kv, m = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    """{name in a checkpoint, without "model.": (our parameter, first row, last row + 1)}.
+
+    A checkpoint has q_proj, k_proj and v_proj where we have qkv, and gate_proj and up_proj where we
+    have gate_up. With 4 query heads and 2 KV heads of 8, k_proj is the rows 32 to 48 of our qkv.
+    """
+    c = config
+    q = c.num_heads * c.head_dim
+    kv = c.num_kv_heads * c.head_dim
+    m = c.intermediate_size
+    linears = [     # theirs, ours, first row, last row + 1, has a bias
+        ("self_attn.q_proj", "qkv", 0, q, c.qkv_bias),
+        ("self_attn.k_proj", "qkv", q, q + kv, c.qkv_bias),
+        ("self_attn.v_proj", "qkv", q + kv, q + 2 * kv, c.qkv_bias),
+        ("self_attn.o_proj", "out", 0, None, c.out_bias),
+        ("mlp.gate_proj", "gate_up", 0, m, c.mlp_bias),
+        ("mlp.up_proj", "gate_up", m, 2 * m, c.mlp_bias),
+        ("mlp.down_proj", "down", 0, None, c.mlp_bias),
+    ]
+    norms = [("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm")]
+    if c.qk_norm:
+        norms += [("self_attn.q_norm", "q_norm"), ("self_attn.k_norm", "k_norm")]
+
+    names = {"embed_tokens.weight": ("embed.weight", 0, None),
+             "norm.weight": ("norm.weight", 0, None)}
     if not c.tied:
         names["lm_head.weight"] = ("lm_head.weight", 0, None)
-    stacked = (("self_attn.q_proj", "qkv", 0, q, c.qkv_bias), ("self_attn.k_proj", "qkv", q, q + kv, c.qkv_bias),
-               ("self_attn.v_proj", "qkv", q + kv, q + 2 * kv, c.qkv_bias),
-               ("self_attn.o_proj", "out", 0, None, c.out_bias), ("mlp.down_proj", "down", 0, None, c.mlp_bias),
-               ("mlp.gate_proj", "gate_up", 0, m, c.mlp_bias), ("mlp.up_proj", "gate_up", m, 2 * m, c.mlp_bias))
-    norms = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"))
-    norms += (("self_attn.q_norm", "q_norm"), ("self_attn.k_norm", "k_norm")) if c.qk_norm else ()
     for i in range(c.num_layers):
-        for theirs, ours, start, stop, bias in stacked:
-            for what in ("weight", "bias") if bias else ("weight",):
-                names[f"layers.{i}.{theirs}.{what}"] = (f"layers.{i}.{ours}.{what}", start, stop)
+        for theirs, ours, start, stop, has_bias in linears:
+            names[f"layers.{i}.{theirs}.weight"] = (f"layers.{i}.{ours}.weight", start, stop)
+            if has_bias:
+                names[f"layers.{i}.{theirs}.bias"] = (f"layers.{i}.{ours}.bias", start, stop)
         for theirs, ours in norms:
             names[f"layers.{i}.{theirs}.weight"] = (f"layers.{i}.{ours}.weight", 0, None)
     return names
 
 
+def check_names(folder, config, files):
+    """UserError unless the files hold the tensors that the config asks for, and no other."""
+    names = checkpoint_names(config)
+    problems = []
+    for what, some in (("missing", names.keys() - files.keys()),
+                       ("not used by this model", files.keys() - names.keys())):
+        if some:
+            first = ", ".join(quoted(name) for name in sorted(some)[:3])
+            more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+            problems.append(f"{what}: {first}{more}")
+    if problems:
+        raise UserError(f"{folder}: the tensors do not fit the config; {'; '.join(problems)}")
+
+
+def check_shapes(model, files):
+    """UserError unless each stored tensor has the shape of its rows and a dtype that we read."""
+    params = dict(model.named_parameters())
+    for name, (ours, start, stop) in checkpoint_names(model.config).items():
+        stored = files[name]
+        wanted = tuple(params[ours][start:stop].shape)
+        if stored.shape != wanted:
+            raise UserError(f"{stored.path}: {stored.name} has shape {quoted(stored.shape)}, "
+                            f"the config asks for {wanted}")
+        if stored.dtype not in STORED_DTYPES:
+            raise UserError(f"{stored.path}: {stored.name} is stored as {stored.dtype}; "
+                            f"supported are {', '.join(STORED_DTYPES)}")
+
+
 @torch.no_grad()
-def fill(model, files, folder):
-    """Copy every tensor into its rows; UserError names what is missing, left over or misshapen."""
-    names, params = checkpoint_names(model.config), dict(model.named_parameters())
-    missing, unused = sorted(names.keys() - files.keys()), sorted(files.keys() - names.keys())
-    if missing or unused:
-        parts = [f"{what}: {', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''}"
-                 for what, n in (("missing", missing), ("not used by this model", unused)) if n]
-        raise UserError(f"{folder}: the tensors do not fit the config; " + "; ".join(parts))
-    for name, (ours, start, stop) in names.items():
-        handle, stored, path = files[name]
-        target, shape = params[ours][start:stop], tuple(handle.get_slice(stored).get_shape())
-        if shape != tuple(target.shape):
-            raise UserError(f"{path}: {stored} has shape {shape}, the config asks for {tuple(target.shape)}")
-        try:
-            target.copy_(handle.get_tensor(stored))
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path}: {stored} cannot be read: {e}") from None
+def fill(model, files):
+    """Copy every tensor into its rows. One at a time: the model is never in memory twice."""
+    params = dict(model.named_parameters())
+    for name, (ours, start, stop) in checkpoint_names(model.config).items():
+        rows = params[ours][start:stop]
+        rows.copy_(files[name].read())          # converts to the parameter's device and dtype
+        check_finite(files[name].path, files[name].name, rows)
+
+
+def compare_head(model, head):
+    """Say so if a tied model's folder stores an LM head as well, and one that differs."""
+    embedding = model.embed.weight
+    if head.shape == tuple(embedding.shape) and torch.equal(head.read().to(embedding), embedding):
+        return
+    say(f"{head.path}: the config ties lm_head to the embedding, but the stored lm_head differs: "
+        "the embedding is used")
 
 
 def pick_dtype(config, files, device):
-    """The config's dtype, else the embedding's own; fp32 on the CPU, where half precision is slow or absent."""
-    if torch.device(device).type == "cpu":
+    """fp32 on a CPU, else the config's dtype, else the embedding's own."""
+    if device.type == "cpu":
         return torch.float32
     if config.dtype in DTYPES:
         return DTYPES[config.dtype]
-    handle, stored, _ = files.get("embed_tokens.weight") or next(iter(files.values()))
-    return handle.get_slice(stored)[:1].dtype
-
-
-def free_bytes(device):
-    """Memory that is free on a device, or None where nobody says: on a CPU only Linux does."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as f:
-            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None)
-    return None
+    return STORED_DTYPES.get(files["embed_tokens.weight"].dtype, torch.float32)
 
 
 def check_memory(needed, device, dtype):
-    """UserError, with the bytes, if the weights cannot fit. (Where nobody says what is free we just try.)"""
+    """UserError, with the bytes, if the weights cannot fit. Where nobody knows, we just try."""
     free = free_bytes(device)
     if free is not None and needed > free:
         hint = "; --dtype bfloat16 halves it" if dtype == torch.float32 else ""
-        raise UserError(f"the weights need {needed / 2**30:.1f} GiB as {str(dtype)[6:]}, {device} has "
-                        f"{free / 2**30:.1f} GiB free{hint}")
+        raise UserError(f"the weights need {needed / 2**30:.1f} GiB as {str(dtype)[6:]}, "
+                        f"{device} has {free / 2**30:.1f} GiB free{hint}")
