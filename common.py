@@ -30,10 +30,14 @@ class UserError(Exception):
     """Something the user can fix. The programs print it as one line and exit with status 2."""
 
 
-def say(message):
+def say(message, end="\n"):
     """Print a remark to stderr: stdout carries only results."""
-    if sys.stderr is not None:      # None if the shell closed it (2>&-); print would use stdout
-        print(printable(message), file=sys.stderr, flush=True)
+    if sys.stderr is None:          # the shell closed it (2>&-); print would use stdout
+        return
+    try:
+        print(printable(message), end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError):   # a full disk behind it, or no reader: nowhere left to say so
+        drop(sys.stderr)
 
 
 def printable(text):
@@ -94,9 +98,14 @@ def is_out_of_memory(error):
 
 
 def drop_stdout():
-    """Let later writes to stdout, also Python's own at exit, go nowhere: its reader has gone."""
+    """Let later writes to stdout go nowhere: its reader has gone."""
+    drop(sys.stdout)
+
+
+def drop(stream):
+    """Let later writes to a stream, also Python's own at exit, go nowhere."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---------------------------------------------------------------------------------- reading files
@@ -277,9 +286,10 @@ def pick_device(name=None):
 # -------------------------------------------------------------------------------- time and memory
 
 def progress(total, description, unit, delay=1.0):
-    """A progress bar on stderr for work of more than `delay` seconds; `.update(n)` moves it."""
+    """A progress bar on a terminal for work of more than `delay` seconds; `.update(n)` moves it."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(total=total, desc=description, unit=f" {unit}", unit_scale=True, delay=delay,
-                leave=False, disable=sys.stderr is None)
+                leave=False, disable=not on_terminal)
 
 
 def clock(device):
