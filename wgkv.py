@@ -1,34 +1,44 @@
-"""Write-Gated KV: decide, when a key is made, whether it is worth remembering (arXiv 2512.17452).
+"""Write-Gated KV: decide, when a key is made, whether it is worth keeping (arXiv 2512.17452).
 
-A dense cache writes every token's key and value for ever. Here a small gate looks at each key as it is made and
-predicts whether distant queries will want it. Recent tokens stay in a ring whatever their gate says, since most tokens
-matter to their neighbours and to nobody later. A token that leaves the ring is promoted to paged memory if its gate
-reached tau, else it is gone. Each layer and each KV head decides for itself.
+A dense KV cache keeps every token's key and value until the end. Here a small gate looks at each
+key when it is made and predicts whether distant queries will need it. Recent tokens stay in a
+sliding window whatever their gate says, since most tokens matter to their neighbours and to
+nobody later. A token that leaves the window is promoted to paged memory if its gate reached tau;
+otherwise it is gone. Each layer and each KV head decides for itself.
 
-THE DEFINITION. In each layer and KV head, for a query at position i and a key at position j with gate g[j],
+THE DEFINITION. In each layer and KV head, for a query at position i and a key at position j with
+gate g[j],
 
     visible(i, j)  =  j <= i  and  ( i - j < W  or  g[j] >= tau )
 
-and attention is softmax attention over the visible keys. Everything below computes this, to rounding: in one call or
-in many, token by token or a second turn on a used cache.
+and attention is softmax attention over the visible keys. Everything below computes this, to
+rounding, however a token sequence is split into calls: one prefill, chunks of any size, token by
+token, a second turn on a used cache.
 
-    a new token ──► ring of W slots ──► g >= tau? ──► pages of P tokens (K, V, position), in order
-                    slot = pos mod W        └──► no: gone
+    a new token --> ring of W slots --> g >= tau? --yes--> pages of P tokens, in order
+                    slot = pos mod W        |
+                                            +------no----> gone (its slot is overwritten)
 
-    W = 4, after 6 tokens       ring   slot 0 1 2 3       page table of this row  [7, 2]
-    of which 0 was admitted            pos  4 5 2 3       page 7: pos 0 - -  (length 1)
+THREE WORDS. A token is *admitted* if its gate reached tau. It is *promoted* when it leaves the
+window: copied to the pages of its row. What a cache *keeps* is counted in bytes, over the bytes
+of a dense cache.
 
-THE LETTERS. B sequences, T new tokens, S tokens seen, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head dim,
-W window, P tokens a page, L layers. Tensors are (B, heads, T, D). A row is one (sequence, KV head): everything ragged
-is a matter of rows, and a batch is more rows.
+THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads,
+G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring.
+Tensors are (B, heads, T, D). A *row* is one (layer, sequence, KV head): rows have different
+lengths, and a batch is more rows.
 
-    python wgkv.py        prints the pattern of a 16-token prompt, and ring and pages after each of its steps
+    python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
+
+To be read in this order: the definition; the method in forty lines; gates; the paged cache;
+attention in plain PyTorch; training. kernels.py has the same operations in Triton.
 """
 import contextlib
 import copy
 import hashlib
 import math
 import os
+import re
 
 import torch
 import torch.nn.functional as F
@@ -36,616 +46,1013 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from model import UserError, attention, open_tensors, rotate, say
+from common import UserError, check_number, check_regular, quoted, reading, replacing, say
+from model import attention, check_finite, kernels_for, open_tensors, refuse_pointer, rotate
 
-P = 64                      # tokens a page: small enough to waste little, large enough to be read at full speed
-GATE_FLOOR = 1e-3           # in training, so that log g stays finite
-FORMAT = "1"                # of gate files
+P = 64              # tokens a page: small enough to waste little, large enough for full speed
+MIN_GATE = 1e-3     # in training, so that log g stays finite
+FORMAT = "1"        # of gate files
 
 
-# ---------------------------------------------------------------------------------------------------- the definition
+# --------------------------------------------------------------------------------- the definition
 
 def visible(i, j, g, window, tau):
-    """May a query at position i see the key at position j whose gate is g? Tensors that broadcast; bool."""
+    """May a query at position i see the key at position j with gate g? Tensors that broadcast."""
     return (j <= i) & ((i - j < window) | (g >= tau))
 
 
 def visible_mask(g, window, tau):
-    """The whole pattern, (B, Hkv, T, T) bool, for gates g (B, Hkv, T): for tests and pictures, quadratic in T."""
+    """The whole pattern (B, Hkv, T, T) of gates g (B, Hkv, T). Quadratic: for tests, pictures."""
     t = torch.arange(g.shape[-1], device=g.device)
     return visible(t[:, None], t, g[:, :, None, :], window, tau)
 
 
 def dense_attention(q, k, v, mask):
-    """Softmax attention over the keys where mask (B, Hkv, T, S) is True: what every faster path must equal.
+    """Softmax attention over the keys where mask is True: what every faster path must equal.
 
-    q (B, Hq, T, D); k, v (B, Hkv, S, D); query head h reads KV head h // G. Returns (B, Hq, T, D).
+    q (B, Hq, T, D); k, v (B, Hkv, S, D); mask (B, Hkv, T, S) bool. Query head h reads KV head
+    h // G. Returns (B, Hq, T, D).
     """
     B, Hq, T, D = q.shape
-    grouped = q.view(B, k.shape[1], -1, T, D)                                            # (B, Hkv, G, T, D)
-    scores = grouped @ k[:, :, None].transpose(-1, -2) / math.sqrt(D)                   # (B, Hkv, G, T, S)
+    q = q.view(B, k.shape[1], -1, T, D)                                     # (B, Hkv, G, T, D)
+    scores = q @ k[:, :, None].transpose(-1, -2) / math.sqrt(D)             # (B, Hkv, G, T, S)
     weights = scores.masked_fill(~mask[:, :, None], -math.inf).softmax(dim=-1)
     return (weights @ v[:, :, None]).view(B, Hq, T, D)
 
 
-# ------------------------------------------------------------------------------------------------------------- gates
+# ---------------------------------------------------------------------- the method in forty lines
+
+class SimpleCache:
+    """One head of one sequence, in Python lists. All that follows is this, fast and for many rows.
+
+    A token is (position, k (D), v (D), g), with k after RoPE.
+    """
+
+    def __init__(self, window, tau):
+        self.window = window
+        self.tau = tau
+        self.ring = []          # the last `window` tokens
+        self.pages = []         # admitted tokens that have left the window, oldest first
+
+    def step(self, q, token):
+        """Add one token, and return the attention output (D) of its query q (D)."""
+        if len(self.ring) == self.window:
+            leaving = self.ring.pop(0)
+            # Only now is the gate looked at: inside the window a token is visible anyway. Copied
+            # any earlier it would be seen twice; and what is refused never touches a page.
+            if leaving[3] >= self.tau:
+                self.pages.append(leaving)
+        self.ring.append(token)
+
+        tokens = self.pages + self.ring
+        keys = torch.stack([k for _, k, _, _ in tokens])                    # (n, D)
+        values = torch.stack([v for _, _, v, _ in tokens])
+        weights = (keys @ q / math.sqrt(len(q))).softmax(dim=0)             # (n)
+        return weights @ values
+
+
+def demo():
+    """One head, W = 4, 16 tokens, of which 0, 3 and 9 are admitted: the pattern, then the steps."""
+    window, tau, admitted = 4, 0.5, (0, 3, 9)
+    g = torch.tensor([float(t in admitted) for t in range(16)])
+    print("Which keys (across) each query (down) of 16 tokens sees; W = 4; tokens 0, 3 and 9 are\n"
+          "admitted. The stripes are the admitted keys, the slash is the window:\n")
+    for i, row in enumerate(visible_mask(g[None, None], window, tau)[0, 0].tolist()):
+        print(f"{i:6}  " + " ".join("#" if seen else "." for seen in row[:i + 1]))
+    print("\nThe same, token by token:\n\n   token   window          pages")
+    cache = SimpleCache(window, tau)
+    for i in range(16):
+        cache.step(torch.zeros(2), (i, torch.zeros(2), torch.zeros(2), g[i].item()))
+        ring = " ".join(f"{position:2}" for position, *_ in cache.ring)
+        pages = " ".join(f"{position}" for position, *_ in cache.pages)
+        print(f"  {i:6}   {ring:14}  {pages or '-'}")
+
+
+# ------------------------------------------------------------------------------------------ gates
 
 class Gate(nn.Module):
-    """The gates of one layer, one for each KV head; all heads in one batched product.
+    """The gates of one layer, one for each KV head (section 3 of the paper).
 
         x = [ RMSNorm(k before RoPE) ; RMSNorm(k after RoPE) ]      2D numbers
-        g = sigmoid( w2 . GELU(W1 x + b1) + b2 )                    E*D hidden numbers, one gate in (0, 1)
+        g = sigmoid( w2 . GELU(W1 x + b1) + b2 )                    E*D hidden numbers, one gate
 
-    The two norm weights are shared by the layer's heads. (Section 3 of the paper; parameters start as Conv1d's do.)
+    The gate sees the key twice. Before RoPE it says what the token is, wherever it stands. After
+    RoPE it is what later queries meet. The norm weights are shared by the heads of a layer, all
+    else is each head's own. E is the expansion. Parameters start as nn.Conv1d's do.
     """
 
     def __init__(self, Hkv, D, expansion):
         super().__init__()
         hidden = round(expansion * D)
-        self.pre_norm, self.post_norm = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
-        self.w1, self.b1 = nn.Parameter(torch.empty(Hkv, hidden, 2 * D)), nn.Parameter(torch.empty(Hkv, hidden))
-        self.w2, self.b2 = nn.Parameter(torch.empty(Hkv, hidden)), nn.Parameter(torch.empty(Hkv))
+        self.pre_norm = nn.Parameter(torch.ones(D))
+        self.post_norm = nn.Parameter(torch.ones(D))
+        self.w1 = nn.Parameter(torch.empty(Hkv, hidden, 2 * D))
+        self.b1 = nn.Parameter(torch.empty(Hkv, hidden))
+        self.w2 = nn.Parameter(torch.empty(Hkv, hidden))
+        self.b2 = nn.Parameter(torch.empty(Hkv))
         for p, fan_in in ((self.w1, 2 * D), (self.b1, 2 * D), (self.w2, hidden), (self.b2, hidden)):
             nn.init.uniform_(p, -fan_in ** -0.5, fan_in ** -0.5)
 
     def forward(self, k, k_rotated):
         """k, k_rotated (B, Hkv, T, D), before and after RoPE -> g (B, Hkv, T) fp32."""
-        B, Hkv, T, D = k.shape
-        kernels = triton_kernels(k.device, D)
+        kernels = kernels_for(k)
         if kernels and not torch.is_grad_enabled():
             return kernels.gate(self, k, k_rotated)
-        x = F.rms_norm(torch.stack((k, k_rotated), dim=-2).float(), (D,), None, 1e-6)    # (B, Hkv, T, 2, D)
+        B, Hkv, T, D = k.shape
+        x = torch.stack((k, k_rotated), dim=-2).float()                     # (B, Hkv, T, 2, D)
+        x = F.rms_norm(x, (D,), eps=1e-6)
         x = x * torch.stack((self.pre_norm, self.post_norm))
+
+        # Each head has matrices of its own: one batched product, with the heads as its batch.
         x = x.transpose(0, 1).reshape(Hkv, B * T, 2 * D)
-        h = F.gelu(torch.baddbmm(self.b1[:, None], x, self.w1.transpose(1, 2)))          # (Hkv, B * T, E * D)
-        g = torch.baddbmm(self.b2[:, None, None], h, self.w2[:, :, None]).float().sigmoid()
-        return g.view(Hkv, B, T).transpose(0, 1)
+        h = torch.baddbmm(self.b1[:, None], x, self.w1.transpose(1, 2))     # (Hkv, B * T, E * D)
+        h = F.gelu(h)
+        g = torch.baddbmm(self.b2[:, None, None], h, self.w2[:, :, None])   # (Hkv, B * T, 1)
+        g = g.float().sigmoid()
+        return g.view(Hkv, B, T).transpose(0, 1)                            # (B, Hkv, T)
 
 
 class Gates(nn.Module):
-    """A Gate for each layer, with the window and tau they belong to. An admission: see `gate`."""
+    """A Gate for each layer, with the window and tau they belong to. An admission policy."""
 
     def __init__(self, L, Hkv, D, window=256, tau=0.1, expansion=4.0):
         super().__init__()
-        self.shape, self.window, self.tau, self.expansion = (L, Hkv, D), window, tau, expansion
+        self.shape = (L, Hkv, D)
+        self.window = window
+        self.tau = tau
+        self.expansion = expansion
         self.layers = nn.ModuleList(Gate(Hkv, D, expansion) for _ in range(L))
 
     @classmethod
     def for_model(cls, model, **settings):
+        """New gates that fit the model."""
         return cls(*gate_shape(model), **settings).to(model.device)
 
     def gate(self, layer, k, k_rotated, positions):
-        """The one method of an admission: keys of new tokens in, gate values (B, Hkv, T) fp32 out."""
+        """What makes it an admission policy: keys of new tokens in, gates (B, Hkv, T) fp32 out.
+
+        k and k_rotated (B, Hkv, T, D); positions (B or 1, T), which these gates do not look at.
+        """
         return self.layers[layer](k, k_rotated)
 
     def save(self, path, model, lam=0.0, recipe=""):
-        """One safetensors file, written beside its final name and then renamed: never half a file.
+        """Write one safetensors file: the parameters, and in its metadata what belongs to them.
 
-        recipe: how they were trained, as JSON; kept in the file for the reader, and read by nothing here.
+        lam and recipe say how the gates were trained (lambda, and the settings as JSON). They are
+        kept for the reader; nothing here reads them.
         """
         L, Hkv, D = self.shape
-        tensors = {n: p.detach().float().cpu().contiguous() for n, p in self.named_parameters()}
-        metadata = dict(format=FORMAT, window=self.window, tau=self.tau, expansion=self.expansion, lam=lam,
-                        model=model.name, layers=L, kv_heads=Hkv, head_dim=D, fingerprint=fingerprint(model),
-                        recipe=recipe)
-        part = f"{path}.part"
-        try:
-            save_file(tensors, part, metadata={k: str(v) for k, v in metadata.items()})
-            os.replace(part, path)
-        except Exception as e:                                  # safetensors raises its own kinds for a full disk
-            raise UserError(f"{path} cannot be written: {e}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
+        tensors = {}
+        for name, p in self.named_parameters():
+            tensors[name] = p.detach().float().cpu().contiguous()
+        metadata = dict(format=FORMAT, window=self.window, tau=self.tau, expansion=self.expansion,
+                        lam=lam, model=model.name, layers=L, kv_heads=Hkv, head_dim=D,
+                        fingerprint=fingerprint(model), recipe=recipe)
+        with replacing(path) as part:           # never half a file where a good one was
+            save_file(tensors, part, metadata={key: str(value) for key, value in metadata.items()})
 
     @classmethod
     def load(cls, path, model):
         """Gates for this model from a file of `save`, or from an official .pt checkpoint.
 
-        UserError if they do not fit by shape; a remark if they were trained for a sibling that fits by shape only.
+        UserError if they do not fit by shape. If only the shape fits, because they were trained for
+        another model of the family, they load with a remark.
         """
         if str(path).endswith(".pt"):
             return cls.load_official(path, model)
-        handle = open_tensors(path)
-        meta = handle.metadata() or {}
+        file = open_tensors(path)
+        meta = file.metadata() or {}
         if meta.get("format") != FORMAT:
-            raise UserError(f"{path} is no gate file of format {FORMAT}: its metadata says {meta.get('format')!r}")
-        try:
-            saved = tuple(int(meta[key]) for key in ("layers", "kv_heads", "head_dim"))
-            settings = dict(window=int(meta["window"]), tau=float(meta["tau"]), expansion=float(meta["expansion"]))
-            if not (settings["window"] >= 1 and 0 <= settings["tau"] <= 1 and settings["expansion"] > 0):
-                raise ValueError(f"window, tau or expansion out of range in {settings}")
-        except (KeyError, ValueError) as e:
-            raise UserError(f"{path}: its metadata is broken: {e}") from None
-        refuse_misfit(path, meta.get("model", "?"), saved, model)
+            raise UserError(f"{path} is no gate file of format {FORMAT}: its metadata says "
+                            f"{quoted(meta.get('format'))}")
+
+        def number(key, low, high, kind):
+            return metadata_number(path, key, meta.get(key), low, high, kind)
+
+        shape = tuple(number(key, 1, 2**20, int) for key in ("layers", "kv_heads", "head_dim"))
+        refuse_misfit(path, quoted(meta.get("model")), shape, model)
+        # A cache allocates its ring, `window` tokens of every head, before it sees a single token.
+        settings = dict(window=number("window", 1, 2**20, int), tau=number("tau", 0, 1, float),
+                        expansion=number("expansion", 1 / shape[2], 256, float))
         if meta.get("fingerprint") != fingerprint(model):
-            say(f"{path}: these gates were trained for another model ({meta.get('model')}) than {model.name}: the "
-                "shapes fit, the weights differ")
-        gates = cls(*saved, **settings)
-        gates.fill(path, {name: handle.get_tensor(name) for name in handle.keys()})
-        return gates.to(model.device).eval().requires_grad_(False)
+            say(f"{path}: these gates were trained for another model ({quoted(meta.get('model'))}) "
+                f"than {model.name}: the shapes fit, the weights differ")
+        with reading(path):
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return cls.fill(path, model, settings, shapes, file.get_tensor)
 
     @classmethod
     def load_official(cls, path, model):
-        """The layout of the authors' checkpoints: a pickled dict of tensors, read without running any of it."""
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:
-            raise UserError(f"{path} cannot be read as a dict of tensors: {str(e).splitlines()[0]}") from None
-        theirs = {"pre_key_norm.weight": "pre_norm", "post_key_norm.weight": "post_norm", "conv1.weight": "w1",
-                  "conv1.bias": "b1", "conv2.weight": "w2", "conv2.bias": "b2"}
-        ours = {}
-        for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
-            layer, found, what = str(name).removeprefix("model.layers.").partition(".self_attn.g_predictors.")
-            if not found or what not in theirs or not layer.isdigit() or not torch.is_tensor(tensor):
-                raise UserError(f"{path}: {name} is no tensor of an official gate checkpoint")
-            ours[f"layers.{layer}.{theirs[what]}"] = tensor.detach()
-        if not {"layers.0.pre_norm", "layers.0.w1", "layers.0.w2"} <= ours.keys():
-            raise UserError(f"{path}: it holds no gates of layer 0 (model.layers.0.self_attn.g_predictors.*)")
-        D, Hkv, rows = (ours[f"layers.0.{name}"].shape[:1].numel() for name in ("pre_norm", "w2", "w1"))
-        L = 1 + max(int(name.split(".")[1]) for name in ours)
+        """Gates in the layout of the authors' checkpoints: a pickled dict of tensors."""
+        tensors = read_official(path)
+        L = 1 + max(int(name.split(".")[1]) for name in tensors)
+        D = first_size(tensors["layers.0.pre_norm"])
+        Hkv = first_size(tensors["layers.0.w2"])
+        rows = first_size(tensors["layers.0.w1"])
         refuse_misfit(path, "its model", (L, Hkv, D), model)
-        hidden = max(1, rows // Hkv)
-        gates = cls(L, Hkv, D, expansion=hidden / D)
-        stored = {"w1": (Hkv * hidden, 2 * D, 1), "b1": (Hkv * hidden,), "w2": (Hkv, hidden, 1)}
-        shapes = {name: p.shape for name, p in gates.named_parameters()}
-        gates.fill(path, {n: t.reshape(shapes[n]) if n in shapes and t.shape == stored.get(n.split(".")[2]) else t
-                          for n, t in ours.items()})
-        return gates.to(model.device).eval().requires_grad_(False)
 
+        # Theirs are weights of Conv1d (rows, columns, 1), and the rows of all heads stand in one
+        # matrix, head after head. With 2 heads of 64 hidden numbers, rows 64 to 128 are head 1's.
+        hidden = max(1, rows // Hkv)
+        reshape = {"w1": [(Hkv * hidden, 2 * D, 1), (Hkv, hidden, 2 * D)],
+                   "b1": [(Hkv * hidden,), (Hkv, hidden)],
+                   "w2": [(Hkv, hidden, 1), (Hkv, hidden)]}
+        for name, tensor in tensors.items():
+            theirs, ours = reshape.get(name.split(".")[2], (None, None))
+            if tensor.shape == theirs:          # else it does not fit, and `fill` says so
+                tensors[name] = tensor.reshape(ours)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls.fill(path, model, dict(expansion=hidden / D), shapes, tensors.get)
+
+    @classmethod
     @torch.no_grad()
-    def fill(self, path, tensors):
-        params = dict(self.named_parameters())
-        for name in sorted(params.keys() ^ tensors.keys()):
-            raise UserError(f"{path}: {name} is {'missing' if name in params else 'not a gate parameter'}")
+    def fill(cls, path, model, settings, shapes, read):
+        """Gates for model, with the tensors of a file: `shapes` of them all, and `read` for each.
+
+        UserError unless they are exactly the parameters. The shapes are compared on the meta
+        device, where parameters have no memory: a broken file must not make us allocate what it
+        asks for.
+        """
+        with torch.device("meta"):
+            gates = cls(*gate_shape(model), **settings)
+        params = dict(gates.named_parameters())
+        missing = sorted(params.keys() - shapes.keys())
+        unknown = sorted(shapes.keys() - params.keys())
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing")
+        if unknown:
+            raise UserError(f"{path}: {quoted(unknown[0])} is not a gate parameter")
         for name, p in params.items():
-            if tensors[name].shape != p.shape:
-                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(p.shape)}")
-            p.copy_(tensors[name])
+            if shapes[name] != tuple(p.shape):
+                raise UserError(f"{path}: {name} has shape {quoted(shapes[name])}, "
+                                f"not {tuple(p.shape)}")
+
+        gates.to_empty(device=model.device)
+        for name, p in gates.named_parameters():
+            with reading(path):
+                p.copy_(read(name))
+            check_finite(path, name, p)
+        return gates.eval().requires_grad_(False)
+
+
+def metadata_number(path, key, text, low, high, kind):
+    """A number from a gate file's metadata, where everything is text."""
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = text
+    return check_number(path, f"its metadata's {key}", value, low, high, whole=kind is int)
+
+
+OFFICIAL_NAME = re.compile(r"(?:model\.layers\.)?([0-9]{1,6})\.self_attn\.g_predictors\.(\w+\.\w+)")
+OFFICIAL_PARTS = {"pre_key_norm.weight": "pre_norm", "post_key_norm.weight": "post_norm",
+                  "conv1.weight": "w1", "conv1.bias": "b1",
+                  "conv2.weight": "w2", "conv2.bias": "b2"}
+
+
+def read_official(path):
+    """{our name: tensor} from an official checkpoint."""
+    refuse_pointer(path)
+    check_regular(path, most=2**32)             # gates of an 8B model have some 128 MiB
+    with reading(path, "read as a dict of tensors"):
+        # weights_only: a pickle can run any code while it is read; this way it cannot.
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} should hold a dict of tensors, it holds a {type(stored).__name__}")
+    tensors = {}
+    for name, tensor in stored.items():
+        match = OFFICIAL_NAME.fullmatch(str(name))
+        if not match or match[2] not in OFFICIAL_PARTS or not is_plain(tensor, path):
+            raise UserError(f"{path}: {quoted(name)} is no tensor of an official gate checkpoint")
+        tensors[f"layers.{match[1]}.{OFFICIAL_PARTS[match[2]]}"] = tensor.detach()
+    if not {"layers.0.pre_norm", "layers.0.w1", "layers.0.w2"} <= tensors.keys():
+        raise UserError(f"{path}: it holds no gates of layer 0 "
+                        "(model.layers.0.self_attn.g_predictors.*)")
+    return tensors
+
+
+def is_plain(tensor, path):
+    """Is it an ordinary tensor of real numbers, with as many bytes as its file has at most?
+
+    Pickles can hold other kinds: sparse, nested and quantised tensors, and four bytes that are
+    expanded to 10^8 rows.
+    """
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return False
+    with reading(path):
+        return tensor.numel() * tensor.itemsize <= os.path.getsize(path)
+
+
+def first_size(tensor):
+    """The first of a tensor's sizes, 1 if it has none."""
+    return tensor.shape[0] if tensor.dim() else 1
 
 
 def gate_shape(model):
+    """What gates must share with a model: (layers, KV heads, head dim)."""
     c = model.config
     return c.num_layers, c.num_kv_heads, c.head_dim
 
 
 def refuse_misfit(path, trained_for, shape, model):
+    """UserError, naming both sides, unless gates of this shape fit the model."""
     if shape != gate_shape(model):
-        a, b = ("{} layers, {} KV heads of {}".format(*s) for s in (shape, gate_shape(model)))
-        raise UserError(f"{path}: these gates are for {trained_for} with {a}, the model {model.name} has {b}")
+        form = "{} layers, {} KV heads of {}"
+        raise UserError(f"{path}: these gates are for {trained_for} with {form.format(*shape)}, "
+                        f"the model {model.name} has {form.format(*gate_shape(model))}")
 
 
 def fingerprint(model):
-    """A short hash of a model's shape and some of its first layer's weights, rounded to bf16: siblings differ."""
+    """A short hash of a model's shape and of some of its first layer's weights.
+
+    Gates of Llama-3.2-1B fit Llama-3.2-1B-Instruct by shape. The hash tells the two apart. The
+    weights are rounded to bf16, so that the dtype a model is loaded in does not matter.
+    """
     c = model.config
-    sample = model.layers[0].qkv.weight[-c.num_kv_heads * c.head_dim * 2::7, ::5].to("cpu", torch.bfloat16)
-    facts = (c.model_type, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size)
-    # Through Python numbers: bf16 has no bytes of its own to hash without numpy.
-    return hashlib.sha256(repr((facts, sample.flatten()[:4096].tolist())).encode()).hexdigest()[:16]
+    kv_rows = 2 * c.num_kv_heads * c.head_dim                       # k_proj and v_proj
+    sample = model.layers[0].qkv.weight[-kv_rows::7, ::5].to("cpu", torch.bfloat16)
+    sizes = (c.model_type, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim,
+             c.vocab_size)
+    # Through Python numbers: without numpy, bf16 has no bytes that hashlib takes.
+    text = repr((sizes, sample.flatten()[:4096].tolist()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RandomAdmission:
-    """Admits a share of the tokens, whatever their keys: 1.0 is everything, 0.0 nothing.
+    """An admission policy: a share of the tokens uniformly at random, whatever their keys.
 
-    Which ones depends on seed, layer, head and position alone, so any split into calls admits the same.
+    The share 1.0 admits all, 0.0 none. Which tokens depends on seed, layer, head and position
+    alone, so any split of a text into calls admits the same ones.
     """
 
     def __init__(self, share, seed=0):
-        self.share, self.seed = share, seed
+        self.share = share
+        self.seed = seed
 
     def gate(self, layer, k, k_rotated, positions):
+        """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
         B, Hkv, T, _ = k.shape
-        head = torch.arange(Hkv, device=k.device)[:, None]
-        x = positions[:, None, :] + (head + 131 * layer + 65537 * self.seed) * 0x9E3779B1        # (B or 1, Hkv, T)
-        for factor in (0x45D9F3B, 0x45D9F3B, 0x9E3779B1):                   # a well-mixing hash of 32-bit numbers
-            x = (((x & 0xFFFFFFFF) >> 16) ^ (x & 0xFFFFFFFF)) * factor
-        admitted = (x & 0xFFFFFF).float() / 2 ** 24 < self.share
-        return torch.where(admitted, 1.0, -1.0).expand(B, Hkv, T)           # -1 is below every tau, also tau 0
+        head = torch.arange(Hkv, device=k.device)[:, None]                  # (Hkv, 1)
+        stream = head + 131 * layer + 65537 * self.seed
+        x = positions[:, None, :] + stream * 0x9E3779B1                     # (B or 1, Hkv, T)
+
+        # A hash of 32-bit numbers that mixes well: shift, xor and multiply, three times.
+        for factor in (0x45D9F3B, 0x45D9F3B, 0x9E3779B1):
+            x = x & 0xFFFFFFFF
+            x = ((x >> 16) ^ x) * factor
+        uniform = (x & 0xFFFFFF).float() / 2**24                            # in [0, 1)
+        g = torch.where(uniform < self.share, 1.0, -1.0)                    # -1: below even tau = 0
+        return g.expand(B, Hkv, T)
 
 
-# -------------------------------------------------------------------------------------------------- attention, sparse
+# ---------------------------------------------------------------------------------- the page pool
 
-def banded_attention(q, k, v, g, old_k, old_v, old_count, window, tau, block=256):
-    """Attention of T new tokens over a band of recent keys and a list of older admitted ones, by blocks of queries.
+def pages_for(tokens):
+    """ceil(tokens / P), for numbers and for tensors."""
+    return (tokens + P - 1) // P
 
-    q (B, Hq, T, D). k, v (B, Hkv, W + T, D), g (B, Hkv, W + T): the W tokens before the call, then its own; new token
-    t stands at index W + t, and what stands before the beginning of a sequence has g = -inf and must not be seen.
-    old_k, old_v: for each row a (N, D) tensor of its admitted keys, oldest first; old_count (B, Hkv, T): how many of
-    them lie outside the window of new token t. Returns (B, Hq, T, D).
 
-    A block's queries t0 .. t1-1 all see the old_count[t0] oldest admitted keys; the keys after those lie in the band
-    from index t0 + 1 to W + t1 - 1, where the definition is applied key by key. So no mask is larger than a block.
+class PagePool:
+    """Pages of P tokens for all rows of all layers, and a stack of the free ones.
+
+        k, v (N, P, D)         keys after RoPE, and values
+        g    (N, P) fp32       the token's gate
+        pos  (N, P) int32      its position
+        free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
+
+    Slot s of page p has the flat index p * P + s. Page 0 is a dummy that nobody owns: unused
+    entries of page tables point to it, so that they can be read without harm.
     """
-    B, Hq, T, D = q.shape
-    Hkv, W = k.shape[1], window
-    G = Hq // Hkv
-    q = q.view(B, Hkv, G, T, D)
-    out = torch.empty_like(q)
-    counts = old_count[:, :, ::block].tolist()
-    for t0 in range(0, T, block):
-        t1 = min(t0 + block, T)
-        i = torch.arange(t0, t1, device=q.device)[:, None] + W
-        j = torch.arange(t0 + 1, W + t1, device=q.device)
-        for b in range(B):
-            for h in range(Hkv):
-                n = counts[b][h][t0 // block]
-                mask = q.new_ones(t1 - t0, n + len(j), dtype=torch.bool)
-                band_g = g[b, h, t0 + 1:W + t1]
-                mask[:, n:] = visible(i, j, band_g, W, tau) & (band_g > -math.inf)
-                keys = torch.cat((old_k[b][h][:n], k[b, h, t0 + 1:W + t1])).expand(1, G, -1, -1)
-                values = torch.cat((old_v[b][h][:n], v[b, h, t0 + 1:W + t1])).expand(1, G, -1, -1)
-                out[b, h, :, t0:t1] = F.scaled_dot_product_attention(q[b:b + 1, h, :, t0:t1], keys, values, mask)[0]
-    return out.view(B, Hq, T, D)
+
+    def __init__(self, D, dtype, device):
+        self.D = D
+        self.k = torch.zeros(1, P, D, dtype=dtype, device=device)
+        self.v = torch.zeros(1, P, D, dtype=dtype, device=device)
+        self.g = torch.zeros(1, P, dtype=torch.float32, device=device)
+        self.pos = torch.zeros(1, P, dtype=torch.int32, device=device)
+        self.free = torch.zeros(1, dtype=torch.int32, device=device)
+        self.num_free = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def tensors(self):
+        return {name: getattr(self, name) for name in ("k", "v", "g", "pos", "free", "num_free")}
+
+    def clone(self):
+        other = copy.copy(self)
+        for name, tensor in self.tensors().items():
+            setattr(other, name, tensor.clone())
+        return other
+
+    def grow(self, pages):
+        """Add free pages. One tensor is copied at a time: at most half a pool is held twice."""
+        old = len(self.k)
+        for name in ("k", "v", "g", "pos", "free"):
+            tensor = getattr(self, name)
+            larger = tensor.new_empty(old + pages, *tensor.shape[1:])
+            larger[:old] = tensor
+            larger[old:] = 0            # a page that holds no token must be finite: 0 * NaN is NaN
+            setattr(self, name, larger)
+        height = int(self.num_free)
+        self.free[height:height + pages] = torch.arange(old + pages - 1, old - 1, -1)
+        self.num_free += pages
+
+    def take(self, pages):
+        """Ids (pages) of free pages, off the top of the stack. The kernels' twin: take_pages."""
+        height = int(self.num_free)
+        assert height >= pages, f"{pages} pages wanted, {height} are free"
+        self.num_free -= pages
+        return self.free[height - pages:height].flip(0)
+
+    def release(self, ids):
+        """Put pages back on the stack, cleared: a NaN left there would spoil its next owner."""
+        for name in ("k", "v", "g", "pos"):
+            getattr(self, name)[ids.long()] = 0
+        height = int(self.num_free)
+        self.free[height:height + len(ids)] = ids
+        self.num_free += len(ids)
+
+    def read(self, slots):
+        """k, v (..., D), g, pos (...) of flat slots (...)."""
+        return (self.k.view(-1, self.D)[slots], self.v.view(-1, self.D)[slots],
+                self.g.view(-1)[slots], self.pos.view(-1)[slots])
+
+    def write(self, slots, k, v, g, pos):
+        """The reverse; no slot may occur twice."""
+        self.k.view(-1, self.D)[slots] = k
+        self.v.view(-1, self.D)[slots] = v
+        self.g.view(-1)[slots] = g
+        self.pos.view(-1)[slots] = pos.int()
 
 
-# ------------------------------------------------------------------------------------------------------------ caches
-
-def triton_kernels(device, D):
-    """kernels.py where a CUDA device runs it, else None: everything here works without, and means the same."""
-    if device.type != "cuda" or D % 8:
-        return None
-    import kernels
-    return kernels
-
+# ------------------------------------------------------------------------------------------ caches
 
 class Cache:
-    """What both caches share: lengths, the state of their layers, and how many bytes a dense cache would hold.
+    """What both caches share: lengths, positions, views of some sequences, reserved room.
 
-    `seen` (B) int64 on the device is how many tokens of each sequence are remembered; only `end` changes it. Each of
-    `layers` is a dict of tensors, and these with `seen` are the whole state.
+    A view (`rows`) is a cache of a few of the sequences: it has its own call under way, and shares
+    all memory with its `base`, the whole cache. So tensors that may be replaced (they grow) live in
+    the base alone, and everything else is updated in place.
     """
 
     def __init__(self, model, batch=1):
         c = model.config
-        self.L, self.Hkv, self.D, self.B = c.num_layers, c.num_kv_heads, c.head_dim, batch
-        self.device, self.dtype = model.device, model.dtype
-        self.kernels, self.ready = triton_kernels(self.device, self.D), 0
-        self.seen = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.layers = [self.new_layer() for _ in range(self.L)]
+        self.L = c.num_layers
+        self.Hkv = c.num_kv_heads
+        self.D = c.head_dim
+        self.device = model.device
+        self.dtype = model.dtype
+        self.kernels = kernels_for(torch.empty(self.D, device=self.device))
+        self.base = self            # of a view: the cache that it is a view of
+        self.first = 0              # its first sequence in there
+        self.B = batch
+        self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.expected = 0           # tokens a sequence will hold, where someone has said so
+        self.reserved = (self, 0)   # who may make how many more tokens without asking for room
+        self.in_call = False
+
+    @property
+    def num_tokens(self):
+        """(B) int64: the tokens that each sequence has. Only `end` changes it."""
+        return self.base.all_num_tokens[self.first:self.first + self.B]
+
+    @property
+    def capturable(self):
+        """Can a one-token call be captured in a CUDA graph? (It can if the kernels do the work.)"""
+        return self.kernels is not None and self.device.type == "cuda"
+
+    def rows(self, first, count=1):
+        """A view of `count` sequences from `first` on: a cache too, in the same memory."""
+        assert 0 <= first and first + count <= self.B, f"rows {first} + {count} of {self.B}"
+        view = copy.copy(self)
+        view.first = self.first + first
+        view.B = count
+        return view
 
     def begin(self, T, lengths=None):
-        """Positions (B, T) of the T new tokens. lengths (B): how many of them are real, in each sequence."""
-        self.new = self.seen.new_full((self.B,), T) if lengths is None else lengths.to(self.seen)
-        self.positions = self.seen[:, None] + torch.arange(T, device=self.device)
+        """Start a call with T new tokens a sequence. Returns their positions (B, T).
+
+        lengths (B): how many of the T are valid, in each sequence; the rest is padding on the
+        right. """
+        if self.base.in_call:
+            raise RuntimeError("the last call on this cache did not reach its end: some layers "
+                               "have its tokens, others do not. reset() the cache.")
+        self.base.in_call = True
+        num_tokens = self.num_tokens
+        if lengths is None:
+            self.num_new = num_tokens.new_full((self.B,), T)
+        else:
+            self.num_new = lengths.to(num_tokens)
+        self.positions = num_tokens[:, None] + torch.arange(T, device=self.device)
+        owner, room = self.base.reserved
+        if owner is not self or room < T:
+            room = max(T, P)
+            self.make_room(room)
+        self.base.reserved = (self, room - T)
         return self.positions
 
     def end(self):
-        self.seen += self.new                          # in place: a captured step finds it where it was
+        self.num_tokens.add_(self.num_new)      # in place: a captured step finds it where it was
+        self.base.in_call = False
+
+    def expect(self, tokens):
+        """A hint before a long prompt: each sequence will hold about so many tokens after it."""
+        self.base.expected = tokens
+
+    @contextlib.contextmanager
+    def reserve(self, steps):
+        """Make room for `steps` one-token calls; inside, none of them synchronises with the host.
+
+        A captured graph does not run `begin` again, so this also keeps the pool from growing, and
+        moving, under the graph.
+        """
+        self.make_room(steps)
+        self.base.reserved = (self, steps)
+        try:
+            yield
+        finally:
+            self.base.reserved = (self, 0)      # what is left of it is counted anew
+
+    def reset(self):
+        """Forget everything (a view: its sequences)."""
+        self.num_tokens.zero_()
+        self.base.reserved = (self, 0)
+        self.base.in_call = False
+        self.forget()
 
     def dense_bytes(self):
-        """What a dense cache holds for the tokens seen: K and V, every layer and head."""
-        return 2 * self.L * self.Hkv * self.D * self.dtype.itemsize * int(self.seen.sum())
+        """What a dense cache holds for the same tokens: K and V, every layer and head."""
+        return 2 * self.L * self.Hkv * self.D * self.dtype.itemsize * int(self.num_tokens.sum())
 
-    def clone(self):
-        """An independent copy: what is added to one is not seen by the other."""
-        other = copy.copy(self)
-        other.seen = self.seen.clone()
-        other.layers = [{name: t.clone() for name, t in layer.items()} for layer in self.layers]
-        return other
-
-    def state(self):
-        """Every tensor by name, for saving; `restore` takes it back. Save or clone them before the cache goes on: these
-        are the tensors it works with.
-        """
-        return {"seen": self.seen, **{f"layers.{i}.{name}": t for i, layer in enumerate(self.layers)
-                                      for name, t in layer.items()}}
-
-    def restore(self, state):
-        rings = {x["layers.0.ring_g"].shape for x in (state, self.state()) if "layers.0.ring_g" in x}
-        assert state["seen"].shape == self.seen.shape and f"layers.{self.L}.count" not in state and len(rings) < 2, (
-            f"another cache's state: {tuple(state['seen'].shape)} sequences, rings {rings}")
-        self.seen, self.ready = state["seen"].to(self.device, copy=True), 0
-        self.layers = [{name: state[f"layers.{i}.{name}"].to(self.device, copy=True) for name in layer}
-                       for i, layer in enumerate(self.layers)]
+    def rotate(self, q, k, cos, sin):
+        if self.kernels:
+            return self.kernels.rotate(q, k, cos, sin)
+        return rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
 
 
 class DenseCache(Cache):
-    """Keeps everything: the baseline. K and V (B, Hkv, capacity, D) a layer, capacity growing by a quarter."""
+    """Keeps everything: the baseline. K and V of each layer are one tensor (B, Hkv, capacity, D).
 
-    def new_layer(self):
-        empty = torch.empty(self.B, self.Hkv, 0, self.D, device=self.device, dtype=self.dtype)
-        return {"k": empty, "v": empty.clone()}
+    Capacity is in whole pages, so that the decode kernel of the paged cache serves here as well: a
+    row's page table is then 0, 1, 2, ... counted from its own first page.
+    """
 
-    def reset(self):
-        """Forget everything."""
-        self.seen, self.ready = torch.zeros_like(self.seen), 0
-        self.layers = [self.new_layer() for _ in range(self.L)]
+    def __init__(self, model, batch=1):
+        super().__init__(model, batch)
+        empty = torch.empty(batch, self.Hkv, 0, self.D, device=self.device, dtype=self.dtype)
+        self.k = [empty] * self.L
+        self.v = [empty] * self.L
 
-    def prepare(self, steps):
-        """Make room for `steps` single-token calls, so that none of them has to ask the device for its lengths."""
-        self.start = self.seen.tolist()
-        for cache in self.layers:
-            self.grow(cache, max(self.start) + steps)
-        rows, pages = self.B * self.Hkv, self.layers[0]["k"].shape[2] // P
-        self.table = torch.arange(rows * pages, device=self.device, dtype=torch.int32).view(rows, pages)
-        self.ready = steps
+    def forget(self):
+        pass                        # lengths say what is seen; nothing else is read
 
-    def grow(self, cache, tokens):
-        """Room for so many tokens a row, in whole pages, and a quarter more than was there."""
-        have = cache["k"].shape[2]
-        if have < tokens:
-            room = pages_for(max(tokens, have + have // 4)) * P
-            for name in ("k", "v"):
-                cache[name] = F.pad(cache[name], (0, 0, 0, room - have))
+    def clone(self):
+        assert self.base is self, "a view cannot be cloned"
+        other = copy.copy(self)
+        other.base = other
+        other.all_num_tokens = self.all_num_tokens.clone()
+        other.k = [k.clone() for k in self.k]
+        other.v = [v.clone() for v in self.v]
+        return other
+
+    def make_room(self, tokens):
+        """Room for so many more tokens a sequence; capacity grows by a quarter, or as expected."""
+        base = self.base
+        needed = int(self.num_tokens.max()) + tokens
+        capacity = base.k[0].shape[2]
+        if needed <= capacity:
+            return
+        capacity = pages_for(max(needed, base.expected, capacity + capacity // 4)) * P
+        for layers in (base.k, base.v):
+            for layer in range(self.L):         # one at a time: nothing else is held twice
+                layers[layer] = F.pad(layers[layer], (0, 0, 0, capacity - layers[layer].shape[2]))
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
         if T == 1 and self.kernels:
-            if not self.ready:
-                self.prepare(64)
-            self.ready -= 1
-            self.counts = (self.seen + self.new).repeat_interleave(self.Hkv)
+            # All layers share one page table, one set of counts and one plan.
+            pages = self.base.k[0].shape[2] // P
+            table = torch.arange(self.base.B * self.Hkv * pages, device=self.device).int()
+            table = table.view(self.base.B, self.Hkv, pages)
+            self.page_table = table[self.first:self.first + self.B]
+            counts = (self.num_tokens + self.num_new)[None, :, None].expand(1, self.B, self.Hkv)
+            self.plan = self.kernels.plan_decode(counts.contiguous(), self.num_tokens, self.num_new,
+                                                 ring_pages=0, window=1, page_size=P)
         else:
-            self.start, self.ready = self.seen.tolist(), 0
-            self.stop = max(self.start) + T
+            starts = self.num_tokens.tolist()
+            self.longest = max(starts) + T
+            self.even = min(starts) == max(starts)
         return positions
 
     def attend(self, layer, q, k, v, cos, sin):
-        cache, T = self.layers[layer], q.shape[2]
-        if self.kernels:
-            q, k = self.kernels.rotate(q, k, cos, sin)
-        else:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if T == 1 and self.kernels:                    # a page table that is the identity: the dual cache's own kernel
-            self.kernels.append(cache, k, v, self.seen, self.new)
-            return self.kernels.decode_attention(q, None, None, None, cache["k"], cache["v"], self.table, self.counts)
-        self.grow(cache, self.stop)
-        b = torch.arange(self.B, device=self.device)[:, None]
-        for name, new in (("k", k), ("v", v)):         # padding is written too, and overwritten before it can be seen
-            cache[name][b, :, self.positions] = new.transpose(1, 2)
-        keys, values = cache["k"][:, :, :self.stop], cache["v"][:, :, :self.stop]
-        if T == self.stop:
+        """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
+        q, k = self.rotate(q, k, cos, sin)
+        if q.shape[2] == 1 and self.kernels:
+            pages = [x[layer].view(-1, P, self.D) for x in (self.base.k, self.base.v)]
+            self.kernels.write_kv(*pages, self.page_table, k, v, self.num_tokens, self.num_new)
+            return self.kernels.decode_attention(q, *pages, self.page_table, self.plan, 0)
+
+        # Padding is written too; the next tokens overwrite it before anyone may see it.
+        b = torch.arange(self.first, self.first + self.B, device=self.device)[:, None]
+        self.base.k[layer][b, :, self.positions] = k.transpose(1, 2)
+        self.base.v[layer][b, :, self.positions] = v.transpose(1, 2)
+        keys = self.base.k[layer][self.first:self.first + self.B, :, :self.longest]
+        values = self.base.v[layer][self.first:self.first + self.B, :, :self.longest]
+        return self.attention(q, keys, values)
+
+    def attention(self, q, keys, values):
+        """Causal attention of the T last tokens, by the fastest way that the lengths allow."""
+        T = q.shape[2]
+        S = self.longest
+        if T == S:                                          # a first prompt
             return attention(q, keys, values, is_causal=True)
-        if self.kernels and min(self.start) == max(self.start):
-            return attention(q, keys, values, causal_lower_right(T, self.stop))
-        out, j = torch.empty_like(q), torch.arange(self.stop, device=q.device)
-        if T == 1:                                     # the G queries of a row see the same keys
-            mask = None if min(self.start) == max(self.start) else j <= self.positions[:, None, :, None]
+        if self.even and self.kernels:
+            return attention(q, keys, values, causal_lower_right(T, S))
+        j = torch.arange(S, device=q.device)
+        if T == 1:                                      # the G queries of a row see the same keys
+            mask = None if self.even else j <= self.positions[:, None, :, None]
             grouped = q.view(self.B, self.Hkv, -1, self.D)
             return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(q.shape)
-        for t0 in range(0, T, 256):
-            mask = j <= self.positions[:, None, t0:t0 + 256, None]
-            out[:, :, t0:t0 + 256] = attention(q[:, :, t0:t0 + 256], keys, values, mask)
+        out = torch.empty_like(q)
+        for t in range(0, T, 256):                          # no mask is larger than 256 x S
+            mask = j <= self.positions[:, None, t:t + 256, None]
+            out[:, :, t:t + 256] = attention(q[:, :, t:t + 256], keys, values, mask)
         return out
 
     def kept_bytes(self):
         return self.dense_bytes()
 
+    def reserved_bytes(self):
+        return sum(x.nbytes for x in (*self.base.k, *self.base.v))
+
 
 class DualCache(Cache):
-    """The cache of Write-Gated KV: a ring of recent tokens and pages of admitted ones. One layer's tensors:
+    """The cache of Write-Gated KV: a row is one list of pages, its ring and then what it keeps.
 
-        ring_k, ring_v (B, Hkv, W, D), ring_g (B, Hkv, W) fp32    the token at position p is in slot p mod W
-        page_k, page_v (N, P, D), page_pos (N, P) int32           the pool: N pages, whoever's they are
-        table (B * Hkv, M) int32, count (B * Hkv) int64           a row's pages in order, and its admitted tokens
-        free (N) int64, free_count (1) int64                      a stack of the pages nobody holds
+        page_table (L, B, Hkv, M) int32     a row's pages, in order
+        counts     (L, B, Hkv)    int64     a row's promoted tokens
 
-    The token number n of a row is at place n mod P of page table[row, n // P]. Page 0 is nobody's: it is
-    what the places of the table that no row has reached yet point to.
+    Place n of a row is slot n mod P of page page_table[row, n // P]. The first R = ceil(W / P)
+    pages are the ring: the token at position p lies in place p mod W. Promoted tokens follow from
+    place R * P on, oldest first. With W = 100 and P = 64:
+
+        R = 2      |<---------- the ring ----------->|<------ promoted, oldest first ------>|
+        place      0 .............. 99  100 .... 127   128 ...................... 128 + count
+                   position mod 100     never used     the first promoted token is in 128
+        page       page_table[row, 0] and [row, 1]     page_table[row, 2], [row, 3], ...
+
+    A query sees the places n < min(tokens, W) and R * P <= n < R * P + count: one rule, and so one
+    loop over one page table in decode. What a row can waste is less than a page at its end, and the
+    unused places of the ring.
     """
 
     def __init__(self, model, admission, batch=1, window=None, tau=None):
-        self.admission = admission
-        self.window = window or getattr(admission, "window", 256)
-        self.tau = getattr(admission, "tau", 0.1) if tau is None else tau
         super().__init__(model, batch)
+        self.admission = admission
+        self.window = getattr(admission, "window", 256) if window is None else window
+        self.tau = getattr(admission, "tau", 0.1) if tau is None else tau
+        assert self.window >= 1, f"a window of {self.window}: every token must see itself"
+        self.R = pages_for(self.window)
 
-    def new_layer(self):
-        rows, W, device = self.B * self.Hkv, self.window, self.device
+        self.pool = PagePool(self.D, self.dtype, self.device)
+        rings = self.L * batch * self.Hkv * self.R
+        self.pool.grow(rings)
+        self.all_page_table = self.pool.take(rings).view(self.L, batch, self.Hkv, self.R)
+        self.all_counts = torch.zeros(self.L, batch, self.Hkv, dtype=torch.long, device=self.device)
+        self.pool.g[self.all_page_table.long()] = -math.inf         # no slot holds a token
 
-        def zeros(*shape, dtype=self.dtype):
-            return torch.zeros(shape, device=device, dtype=dtype)
+    @property
+    def page_table(self):
+        return self.base.all_page_table[:, self.first:self.first + self.B]
 
-        return dict(ring_k=zeros(self.B, self.Hkv, W, self.D), ring_v=zeros(self.B, self.Hkv, W, self.D),
-                    ring_g=torch.full((self.B, self.Hkv, W), -math.inf, device=device),
-                    page_k=zeros(1, P, self.D), page_v=zeros(1, P, self.D), page_pos=zeros(1, P, dtype=torch.int32),
-                    table=zeros(rows, 1, dtype=torch.int32), count=zeros(rows, dtype=torch.long),
-                    free=zeros(1, dtype=torch.long), free_count=zeros(1, dtype=torch.long))
+    @property
+    def counts(self):
+        return self.base.all_counts[:, self.first:self.first + self.B]
 
-    def reset(self, sequence=None):
-        """Forget everything, or one sequence: its pages go back to the free stack."""
-        for b in range(self.B) if sequence is None else (sequence,):
-            self.seen[b] = 0
-            for layer in self.layers:
-                layer["ring_g"][b] = -math.inf
-                layer["ring_k"][b], layer["ring_v"][b] = 0, 0      # a place that is not seen has weight 0, and 0 times
-                for row in range(b * self.Hkv, (b + 1) * self.Hkv):
-                    pages = layer["table"][row, :pages_for(int(layer["count"][row]))].long()
-                    layer["page_k"][pages], layer["page_v"][pages] = 0, 0      # a NaN that was left there is NaN
-                    top = int(layer["free_count"])
-                    layer["free"][top:top + len(pages)] = pages
-                    layer["free_count"] += len(pages)
-                    layer["count"][row], layer["table"][row] = 0, 0
+    def forget(self):
+        """Promoted tokens' pages go back to the free stack; rings keep theirs, emptied."""
+        table = self.page_table
+        columns = torch.arange(table.shape[3] - self.R, device=self.device)
+        used = columns < pages_for(self.counts)[..., None]                  # (L, B, Hkv, M - R)
+        self.pool.release(table[..., self.R:][used])
+        table[..., self.R:] = 0
+        self.counts.zero_()
+        rings = table[..., :self.R].long()
+        for x in (self.pool.k, self.pool.v, self.pool.pos):
+            x[rings] = 0
+        self.pool.g[rings] = -math.inf
+
+    def clone(self):
+        """An independent copy: what is added to one is not seen by the other."""
+        assert self.base is self, "a view cannot be cloned"
+        other = copy.copy(self)
+        other.base = other
+        other.pool = self.pool.clone()
+        for name in ("all_num_tokens", "all_page_table", "all_counts"):
+            setattr(other, name, getattr(self, name).clone())
+        return other
+
+    # ------------------------------------------------------------------------- room in the pool
+
+    def make_room(self, tokens):
+        """Room for `tokens` more tokens in each row, whatever their gates say.
+
+        Asking the device for two numbers here, once a call, spares every layer from asking.
+        ceil(n / P) pages a row suffice for n tokens, since what is left of the last page comes
+        first: with P = 64, a row of 50 tokens that takes 70 more goes from 1 page to 2, and from
+        2 to 3 at worst. """
+        extra = pages_for(tokens)
+        base = self.base
+        numbers = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
+                   base.all_num_tokens.max())
+        num_free, most, promoted, so_far = torch.stack([n.long() for n in numbers]).tolist()
+        missing = self.L * self.B * self.Hkv * extra - num_free
+        if missing > 0:
+            self.pool.grow(missing + self.headroom(num_free, promoted, so_far))
+        columns = self.R + most + extra
+        table = base.all_page_table
+        if table.shape[3] < columns:
+            base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
+
+    def headroom(self, num_free, promoted, so_far):
+        """Pages to add beyond what is asked for.
+
+        A pool that grows is copied. So where the length of the prompt is known, the pool grows
+        early, while it is small: to the pages that the share admitted so far asks for, and a
+        tenth more. But never to more than four times its size at once, since that share is a
+        guess. """
+        pages = len(self.pool.k)
+        if self.base.expected <= so_far or so_far == 0:
+            return pages // 10
+        rows = self.L * self.base.B * self.Hkv
+        tokens = int(1.1 * promoted * self.base.expected / so_far)
+        wanted = 1 + rows * self.R + pages_for(tokens) + rows       # each row has a partial page
+        return max(0, min(wanted - (pages - num_free), 3 * pages))
+
+    def ring_slots(self, table, positions):
+        """Flat slots (..., Hkv, n) in the pool where tokens at positions (B, n) lie in their rings.
+
+        table: the page table (B, Hkv, M) of one layer, or (L, B, Hkv, M) of all.
+        """
+        place = (positions % self.window)[:, None]                          # (B, 1, n)
+        pages = table.gather(-1, (place // P).expand(*table.shape[:-1], -1))
+        return pages.long() * P + place % P
+
+    # ------------------------------------------------------------------------------ a call begins
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
-        if self.kernels:
-            if self.ready < T:
-                self.prepare(max(T, P))
-            self.ready -= T
-        else:
-            # For `decode`, the same in all layers: the rows with a new token, its place among the slots of all rings,
-            # and how many slots of each row's ring are in use with it.
-            seen, new = (x.repeat_interleave(self.Hkv) for x in (self.seen, self.new))
-            self.rows = slice(None) if lengths is None else new.nonzero()[:, 0]
-            self.place = (torch.arange(len(seen), device=self.device) * self.window + seen % self.window)[self.rows]
-            self.filled = (seen + new).clamp(max=self.window)
+        if T == 1:
+            # What leaves the ring in this step does not depend on the step. So all layers promote
+            # now, in one go, and the work of all layers' attention is divided in one go too.
+            if self.kernels:
+                self.kernels.promote_leaving(self.pool, self.page_table, self.counts,
+                                             self.num_tokens, self.num_new, self.window, self.tau)
+                self.plan = self.kernels.plan_decode(self.counts, self.num_tokens, self.num_new,
+                                                     self.R, self.window, P)
+            else:
+                self.promote_leaving()
+                self.plan = self.plan_decode()
         return positions
 
-    def prepare(self, tokens):
-        """Set pages aside for so many more tokens a row, so that a call with them asks the device for nothing."""
-        extra = pages_for(tokens)                      # at most: what is left of a row's last page comes first
-        numbers = torch.stack([torch.stack((pages_for(c["count"].max()), c["free_count"][0])) for c in self.layers])
-        for c, (used, free_count) in zip(self.layers, numbers.tolist()):
-            self.reserve(c, self.B * self.Hkv * extra, used + extra, free_count)
-        self.ready = tokens
+    def promote_leaving(self):
+        """The token that leaves each ring as one new token arrives: to the pages, or gone."""
+        # The new token takes the slot of the one that leaves: (p - W) mod W is p mod W.
+        self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
+        k, v, g, pos = self.pool.read(self.slots)
+        leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
+        promote_mask = leaving[:, None, None] & (g >= self.tau)             # (L, B, Hkv, 1)
+        if promote_mask.any():
+            self.promote(self.page_table, self.counts, promote_mask, k, v, g, pos)
 
-    # A call: gates, then the band (ring unrolled + new tokens), then what leaves the window goes into pages, then
-    # attention over pages and band, and last the ring takes the newest W tokens of the band.
+    def promote(self, table, counts, promote_mask, k, v, g, pos):
+        """Append the tokens where promote_mask is True to their rows' lists, in order.
+
+        table (N, B, Hkv, M) and counts (N, B, Hkv) of N layers, updated in place; promote_mask, g
+        and pos (N, B, Hkv, T), k, v (N, B, Hkv, T, D). The kernels' twin: promote. """
+        # Each token's number in its list, from 1.
+        numbers = counts[..., None] + promote_mask.cumsum(-1)
+        after = numbers[..., -1]
+        # A row's list grows from pages [0, have) to [0, need): each row's new entries get free
+        # pages.
+        column = torch.arange(table.shape[3] - self.R, device=self.device)
+        have = pages_for(counts)[..., None]
+        need = pages_for(after)[..., None]
+        fresh = (have <= column) & (column < need)                  # (N, B, Hkv, M - R)
+        table[..., self.R:][fresh] = self.pool.take(int(fresh.sum()))
+        counts.copy_(after)
+
+        layer, b, h, _ = promote_mask.nonzero().unbind(1)
+        n = numbers[promote_mask] - 1                               # the token's number in its list
+        slots = table[layer, b, h, self.R + n // P].long() * P + n % P
+        self.pool.write(slots, *(x[promote_mask] for x in (k, v, g, pos)))
+
+    # ------------------------------------------------------------------------------ in each layer
 
     def attend(self, layer, q, k, v, cos, sin):
-        """q (B, Hq, T, D), k and v (B, Hkv, T, D) unrotated -> attention output (B, Hq, T, D)."""
-        if self.kernels:
-            q, k_rotated = self.kernels.rotate(q, k, cos, sin)
-        else:
-            q, k_rotated = rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], self.Hkv), dim=1)
-        g = self.admission.gate(layer, k, k_rotated, self.positions)
-        step = self.decode if q.shape[2] == 1 else self.prefill
-        return step(self.layers[layer], q, k_rotated, v, g)
+        """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
+        q, k_rotated = self.rotate(q, k, cos, sin)
+        g = self.admission.gate(layer, k, k_rotated, self.positions)        # (B, Hkv, T)
+        if q.shape[2] == 1:
+            return self.decode(layer, q, k_rotated, v, g)
+        return self.prefill(layer, q, k_rotated, v, g)
 
-    def prefill(self, c, q, k, v, g):
-        T, W = q.shape[2], self.window
-        # The band: index b is position seen - W + b. Slots that were never written have g = -inf.
-        unroll = (self.seen[:, None] + torch.arange(W, device=self.device)) % W                       # (B, W)
-        band_k = torch.cat((take(c["ring_k"], unroll), k), dim=2)                          # (B, Hkv, W + T, D)
-        band_v = torch.cat((take(c["ring_v"], unroll), v), dim=2)
-        band_g = torch.cat((take(c["ring_g"], unroll), g), dim=2)                          # (B, Hkv, W + T)
-        # Index t leaves the window when new token t arrives.
-        real = torch.arange(T, device=self.device) < self.new[:, None, None]
-        leaves = (band_g[:, :, :T] >= self.tau) & real                                     # (B, Hkv, T) bool
-        counts = c["count"].view(self.B, self.Hkv, 1) + leaves.cumsum(-1)
-        self.promote(c, leaves, counts, band_k[:, :, :T], band_v[:, :, :T], self.positions - W)
+    def prefill(self, layer, q, k, v, g):
+        """Many new tokens: the band, promotion, attention over pages and band, the new ring.
+
+        The *band* is one stretch of keys: the W tokens before the call, out of the ring, and then
+        the call's own. Index W + t is new token t, index t leaves the window when new token t
+        arrives:
+
+            band index      0 ... W-1   |   W ... W+T-1
+            position        S-W ... S-1 |   S ... S+T-1         (S tokens before the call)
+        """
+        T = q.shape[2]
+        W = self.window
+        table = self.page_table[layer]
+        counts = self.counts[layer]
+        before = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)     # (B, W)
+        ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, before))
+        band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
+        band_v = torch.cat((ring_v, v), dim=2)
+        band_g = torch.cat((ring_g, g), dim=2)          # (B, Hkv, W + T), -inf before the text
+        valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
+        promote_mask = (band_g[:, :, :T] >= self.tau) & valid               # (B, Hkv, T)
+        # How many admitted tokens of a row lie outside the window of new token t.
+        num_old = counts[..., None] + promote_mask.cumsum(-1)
+        band_pos = self.num_tokens[:, None] - W + torch.arange(W + T, device=self.device)
         if self.kernels:
-            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, c["page_k"], c["page_v"], c["table"], counts,
-                                               W, self.tau)
+            self.kernels.promote(self.pool, table, counts, promote_mask, num_old, band_k, band_v,
+                                 band_g, band_pos, self.R)
+            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
+                                               table[..., self.R:], num_old, W, self.tau)
         else:
-            old_k, old_v = ([[self.row(c, name, b, h) for h in range(self.Hkv)] for b in range(self.B)]
-                            for name in ("page_k", "page_v"))
-            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, counts, W, self.tau)
-        # Slot s takes the one of the newest W indices (new .. new + W - 1) whose position is s modulo W.
-        newest = self.new[:, None] + (torch.arange(W, device=self.device) - (self.seen + self.new)[:, None]) % W
-        c["ring_k"], c["ring_v"], c["ring_g"] = (take(x, newest).contiguous() for x in (band_k, band_v, band_g))
+            pos = band_pos[:, None, :T].expand_as(promote_mask)
+            leaving = (promote_mask, band_k[:, :, :T], band_v[:, :, :T], band_g[:, :, :T], pos)
+            self.promote(table[None], counts[None], *(x[None] for x in leaving))
+            old_k = self.all_rows(self.pool.k, layer)
+            old_v = self.all_rows(self.pool.v, layer)
+            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, self.tau)
+
+        # The ring takes the newest W tokens of the band: from index num_new of it on.
+        newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
+        slots = self.ring_slots(table, newest + self.num_tokens[:, None] - W)       # (B, Hkv, W)
+        pos = band_pos.gather(1, newest)[:, None].expand(-1, self.Hkv, -1)
+        self.pool.write(slots, *(take(x, newest) for x in (band_k, band_v, band_g)), pos)
         return y
 
-    def promote(self, c, leaves, counts, k, v, positions):
-        """Append the tokens where `leaves` (B, Hkv, T); counts (B, Hkv, T): a row's admitted tokens after each.
-
-        k, v (B, Hkv, T, D); positions (B, T).
-        """
-        after = counts[:, :, -1].flatten().contiguous()
-        have, need = pages_for(c["count"]), pages_for(after)
-        fresh = need - have
-        if self.kernels:                                                   # where `prepare` has made room
-            self.kernels.promote(c, leaves, counts, k, v, positions, have, fresh.cumsum(0) - fresh)
-            c["free_count"] -= fresh.sum()
-            c["count"] = after
-            return
-        if torch.equal(after, c["count"]):
-            return
-        self.reserve(c, int(fresh.sum()), int(need.max()), int(c["free_count"]))
-        # Pages come off the top of the stack; which row gets which is a matter of a running sum.
-        row = torch.arange(len(fresh), device=self.device).repeat_interleave(fresh)
-        nth = torch.arange(len(row), device=self.device)
-        c["table"][row, have[row] + nth - (fresh.cumsum(0) - fresh)[row]] = c["free"][c["free_count"] - 1 - nth].int()
-        c["free_count"] -= len(row)
-        c["count"] = after
-        row, n = leaves.flatten(0, 1).nonzero()[:, 0], counts[leaves] - 1
-        at = c["table"][row, n // P].long() * P + n % P
-        c["page_k"].view(-1, self.D)[at], c["page_v"].view(-1, self.D)[at] = k[leaves], v[leaves]
-        c["page_pos"].view(-1)[at] = positions[:, None].expand_as(leaves)[leaves].int()
-
-    def decode(self, c, q, k, v, g):
-        """One new token a sequence: its slot's old token to the pages or gone, the new one in, then attention."""
+    def decode(self, layer, q, k, v, g):
+        """One new token a sequence: into its ring, and then attention over the row's whole list."""
+        table = self.page_table[layer]
         if self.kernels:
-            self.kernels.remember(c, k, v, g, self.seen, self.new, self.tau)
-            return self.kernels.decode_attention(q, c["ring_k"], c["ring_v"], c["ring_g"], c["page_k"], c["page_v"],
-                                                 c["table"], c["count"])
-        rows, W, D = self.B * self.Hkv, self.window, self.D
-        ring_k, ring_v, ring_g = (c[name].view(rows * W, -1) for name in ("ring_k", "ring_v", "ring_g"))
-        leaves = ring_g.index_select(0, self.place)[:, 0] >= self.tau
-        if leaves.any():                                                    # few rows at a time: one by one
-            for place in self.place[leaves].tolist():
-                row, n = place // W, int(c["count"][place // W])
-                if n % P == 0:                                              # its last page is full
-                    self.reserve(c, 1, n // P + 1, int(c["free_count"]))
-                    c["free_count"] -= 1
-                    c["table"][row, n // P] = c["free"][int(c["free_count"])]
-                page, n = int(c["table"][row, n // P]), n % P
-                c["page_k"][page, n], c["page_v"][page, n] = ring_k[place], ring_v[place]
-                c["page_pos"][page, n] = self.seen[row // self.Hkv] - W
-                c["count"][row] += 1
-        for ring, new in ((ring_k, k), (ring_v, v), (ring_g, g)):
-            ring.index_copy_(0, self.place, new.reshape(rows, -1)[self.rows])
-        # Pages are read where they lie, each by the queries of its row: q goes to the pages by the table, the scores
-        # come back by it, and so it is with weights and values. Only scores are padded to the longest row.
-        q, table = q.reshape(rows, -1, D) / math.sqrt(D), c["table"].long()             # (B * Hkv, G, D), (B * Hkv, M)
-        page_q = q.new_zeros(len(c["page_k"]), *q.shape[1:])
-        page_q[table] = q[:, None]
-        older = torch.bmm(page_q, c["page_k"].transpose(1, 2))[table].transpose(1, 2).flatten(2)
-        recent = torch.bmm(q, ring_k.view(rows, W, D).transpose(1, 2))
-        scores = torch.cat((recent, older), dim=2)                                      # (B * Hkv, G, W + M * P)
-        # A row has nothing in pages before its ring is full, so what it sees is one stretch from the beginning.
-        unseen = torch.arange(scores.shape[2], device=self.device) >= (self.filled + c["count"])[:, None, None]
-        weights = scores.masked_fill_(unseen, -math.inf).softmax(dim=2)
-        page_weights = q.new_zeros(len(page_q), q.shape[1], P)
-        page_weights[table] = weights[:, :, W:].unflatten(2, (-1, P)).transpose(1, 2)
-        page_weights[0] = 0                            # page 0 is nobody's: the NaN of one row would reach the others
-        older = torch.bmm(page_weights, c["page_v"])[table].sum(dim=1)
-        return torch.baddbmm(older, weights[:, :, :W], ring_v.view(rows, W, D)).view(self.B, -1, 1, D)
+            pool = self.pool
+            self.kernels.write_kv(pool.k, pool.v, table, k, v, self.num_tokens, self.num_new,
+                                  self.window, pool.g, pool.pos, g)
+            return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
+        active = self.num_new > 0                       # a sequence that rests writes nothing
+        pos = self.positions[:, None].expand(-1, self.Hkv, -1)
+        self.pool.write(self.slots[layer][active], *(x[active] for x in (k, v, g, pos)))
+        pages, owner, seen = (x[layer] for x in self.plan)
+        q = q.reshape(self.B * self.Hkv, -1, self.D)                        # (rows, G, D)
+        y = paged_attention(q, self.pool.k[pages], self.pool.v[pages], owner, seen)
+        return y.view(self.B, -1, 1, self.D)
 
-    def row(self, c, name, b, h):
-        """The admitted tokens of one row, oldest first: (count, ...) out of its pages."""
-        row = b * self.Hkv + h
-        count = int(c["count"][row])
-        return c[name][c["table"][row, :pages_for(count)].long()].flatten(0, 1)[:count]
+    def plan_decode(self):
+        """What each layer's decode reads: lists over layers of (pages, owner, seen).
 
-    def reserve(self, c, pages, columns, free_count):
-        """See that `pages` pages are free and that the table has `columns` columns; grow what is too small.
+        pages (n): the ids of all pages in use, row after row; owner (n): the row that each
+        belongs to; seen (n, P) bool: which of its slots a query sees. """
+        table = self.page_table
+        column = torch.arange(table.shape[3], device=self.device)
+        used = column < self.R + pages_for(self.counts)[..., None]          # (L, B, Hkv, M)
+        layer, b, h, column = used.nonzero().unbind(1)
+        # A page of the ring is seen up to place min(tokens, W), a later one up to the row's count.
+        in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
+        last = torch.where(column < self.R, in_ring, self.R * P + self.counts[layer, b, h])
+        seen = column[:, None] * P + torch.arange(P, device=self.device) < last[:, None]
+        sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
+        return table[used].long().split(sizes), (b * self.Hkv + h).split(sizes), seen.split(sizes)
 
-        A pool grows by what is asked for and a tenth of what it holds, so that reserved stays near used.
-        """
-        N = len(c["free"])
-        if free_count < pages:
-            extra = pages - free_count + N // 10
-            for name in ("page_k", "page_v", "page_pos"):
-                c[name] = torch.cat((c[name], c[name].new_zeros(extra, *c[name].shape[1:])))
-            new = torch.arange(N + extra - 1, N - 1, -1, device=self.device)
-            c["free"] = torch.cat((c["free"][:free_count], new, c["free"].new_zeros(N - free_count)))
-            c["free_count"] += extra
-        if c["table"].shape[1] < columns:
-            c["table"] = F.pad(c["table"], (0, columns + columns // 4 - c["table"].shape[1]))
+    # --------------------------------------------------------------------------- looking inside
+
+    def row(self, pages, layer, b, h):
+        """A row's promoted tokens, oldest first: (count, ...) out of the pool's tensor `pages`."""
+        count = int(self.counts[layer, b, h])
+        ids = self.page_table[layer, b, h, self.R:self.R + pages_for(count)]
+        return pages[ids.long()].flatten(0, 1)[:count]
+
+    def all_rows(self, pages, layer):
+        """`row` for every sequence and head: a list of lists."""
+        return [[self.row(pages, layer, b, h) for h in range(self.Hkv)] for b in range(self.B)]
+
+    def num_promoted(self):
+        """Tokens in pages, over all rows."""
+        return int(self.counts.sum())
 
     def kept_bytes(self):
-        """Bytes that are needed for what is remembered: rings, pages in use (whole), tables and counts."""
-        slot = 2 * self.D * self.dtype.itemsize + 4            # K, V, and 4 bytes of gate (ring) or position (page)
-        ring = self.B * self.Hkv * (self.window * slot + 8)    # with each row's count
-        pages = sum(int(pages_for(c["count"]).sum()) for c in self.layers)
-        return self.L * ring + pages * (P * slot + 4) + 8 * self.B
+        """Bytes of what is kept: whole pages of rings and promoted tokens, tables, counts."""
+        # K, V, gate and position of each slot, and the page's entry in a table.
+        page = P * (2 * self.D * self.dtype.itemsize + 8) + 4
+        rows = self.L * self.B * self.Hkv
+        promoted = int(pages_for(self.counts).sum())
+        return (rows * self.R + promoted) * page + 8 * rows + 8 * self.B
 
     def reserved_bytes(self):
         """Bytes held, used or not."""
-        return sum(t.numel() * t.itemsize for t in self.state().values())
+        tensors = (*self.pool.tensors().values(), self.base.all_page_table, self.base.all_counts,
+                   self.base.all_num_tokens)
+        return sum(t.nbytes for t in tensors)
 
     def admitted(self, sequence=0):
-        """(L, Hkv, S) bool: which of a sequence's tokens are, or on leaving the window would be, in the pages."""
-        S = int(self.seen[sequence])
-        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool, device="cpu")
+        """(L, Hkv, S) bool: which tokens of a sequence are, or will be on leaving, in the pages."""
+        S = int(self.num_tokens[sequence])
+        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool)
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
-        for layer, c in enumerate(self.layers):
-            g = c["ring_g"][sequence, :, recent % self.window]
-            out[layer, :, max(0, S - self.window):] = (g >= self.tau).cpu()
+        slots = self.ring_slots(self.page_table[:, sequence:sequence + 1], recent[None])
+        out[:, :, max(0, S - self.window):] = (self.pool.g.view(-1)[slots[:, 0]] >= self.tau).cpu()
+        for layer in range(self.L):
             for h in range(self.Hkv):
-                out[layer, h, self.row(c, "page_pos", sequence, h).long().cpu()] = True
+                out[layer, h, self.row(self.pool.pos, layer, sequence, h).long().cpu()] = True
         return out
-
-
-def pages_for(tokens):
-    return (tokens + P - 1) // P
 
 
 def take(x, index):
     """x[b, :, index[b]] for x (B, Hkv, N, ...) and index (B, n): the same places of every head."""
-    return x[torch.arange(len(x), device=x.device)[:, None], :, index].transpose(1, 2)
+    b = torch.arange(len(x), device=x.device)[:, None]
+    return x[b, :, index].transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------- attention in plain PyTorch
+
+def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
+    """Prefill: attention of T new tokens over older admitted keys and a band, by blocks of queries.
+
+    q (B, Hq, T, D). k, v (B, Hkv, W + T, D) and g (B, Hkv, W + T): the band, where index W + t is
+    new token t, and g is -inf where there is no token. old_k, old_v: for each row a tensor (N, D)
+    of its admitted keys, oldest first. num_old (B, Hkv, T): how many of them lie outside the
+    window of new token t. Returns (B, Hq, T, D).
+
+    The queries t0 .. t1-1 of a block all see the num_old[t0] oldest admitted keys, without a mask.
+    Later keys lie in the band from index t0 + 1 (the begin of t0's window) to W + t1 - 1 (t1 - 1
+    itself), where the definition is applied key by key. With W = 100 and a block of queries 512 to
+    767: the band from 513 to 867, 355 keys, however long the text is.
+    """
+    B, Hq, T, D = q.shape
+    Hkv = k.shape[1]
+    G = Hq // Hkv
+    W = window
+    q = q.view(B, Hkv, -1, T, D)                                            # (B, Hkv, G, T, D)
+    out = torch.empty_like(q)
+    counts = num_old[:, :, ::block].tolist()
+    for t0 in range(0, T, block):
+        t1 = min(t0 + block, T)
+        i = torch.arange(W + t0, W + t1, device=q.device)[:, None]      # queries, as band indices
+        j = torch.arange(t0 + 1, W + t1, device=q.device)               # keys of the band
+        for b in range(B):
+            for h in range(Hkv):
+                n = counts[b][h][t0 // block]
+                band_g = g[b, h, t0 + 1:W + t1]
+                mask = q.new_ones(t1 - t0, n + len(j), dtype=torch.bool)
+                mask[:, n:] = visible(i, j, band_g, W, tau) & (band_g > -math.inf)
+                keys = torch.cat((old_k[b][h][:n], k[b, h, t0 + 1:W + t1]))     # (n + band, D)
+                values = torch.cat((old_v[b][h][:n], v[b, h, t0 + 1:W + t1]))
+                keys, values = (x.expand(1, G, -1, -1) for x in (keys, values))
+                y = F.scaled_dot_product_attention(q[b:b + 1, h, :, t0:t1], keys, values, mask)
+                out[b, h, :, t0:t1] = y[0]
+    return out.view(B, Hq, T, D)
+
+
+def paged_attention(q, k, v, owner, seen):
+    """Decode: attention of one query a head over the pages of its row; rows have different lengths.
+
+    q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; owner (n): the row
+    that each page belongs to; seen (n, P) bool: the slots that hold a visible token. Returns
+    (rows, G, D).
+
+    This is split-KV, as in Flash-Decoding, with a page as the unit. Each page has its own largest
+    score and partial sums under weights exp(s - m); with m the largest score of the whole row, the
+    partial sums of a row simply add up. So nothing is padded to the longest row.
+    """
+    rows, G, D = q.shape
+    scores = torch.bmm(q[owner] / math.sqrt(D), k.transpose(1, 2)).float()          # (n, G, P)
+    scores = scores.masked_fill_(~seen[:, None], -math.inf)
+    m = scores.new_full((rows, G), -math.inf)
+    m.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
+    weights = scores.sub_(m[owner][:, :, None]).exp_()
+    l = torch.zeros_like(m).index_add_(0, owner, weights.sum(dim=-1))               # (rows, G)
+    o = torch.bmm(weights.to(v.dtype), v).float()                                   # (n, G, D)
+    o = o.new_zeros(rows, G, D).index_add_(0, owner, o)
+    return (o / l[:, :, None]).to(q.dtype)
+
+
+# --------------------------------------------------------------------------------------- training
 
 def soft_attention(q, k, v, log_g, window, block=256):
-    """Causal softmax(q k / sqrt(D) + bias) v, where the bias is 0 inside the window and log_g of the key outside it.
+    """Causal softmax(q k / sqrt(D) + bias) v; bias: 0 inside the window, log_g of the key outside.
 
-    q (B, Hq, T, D), k, v (B, Hkv, T, D); log_g (B, Hkv, T) fp32, -inf allowed. Returns (B, Hq, T, D), with gradients
-    for all four. By blocks of queries, computed again in the backward pass, so that only one block's scores exist at a
-    time; kernels.soft_attention is the same on a GPU.
+    q (B, Hq, T, D), k, v (B, Hkv, T, D); log_g (B, Hkv, T) fp32, -inf allowed. Returns (B, Hq, T,
+    D), with gradients for all four. By blocks of queries that the backward pass computes again,
+    so that only one block's scores exist at a time. kernels.soft_attention is the same on a GPU.
     """
     out = []
     for t0 in range(0, q.shape[2], block):
@@ -659,27 +1066,36 @@ def soft_attention(q, k, v, log_g, window, block=256):
 
 
 def soft_block(q, k, v, log_g, window, t0):
+    """The queries t0 .. t0 + T - 1 of soft_attention, over the keys 0 .. t0 + T - 1."""
     B, Hq, T, D = q.shape
-    i, j = torch.arange(t0, t0 + T, device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
-    bias = torch.where(i - j < window, 0.0, log_g[:, :, None])                                 # (B, Hkv, T, S)
+    i = torch.arange(t0, t0 + T, device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)
+    bias = torch.where(i - j < window, 0.0, log_g[:, :, None])              # (B, Hkv, T, S)
     bias = bias.masked_fill(j > i, -math.inf)[:, :, None]
-    grouped = q.view(B, k.shape[1], -1, T, D)
-    scores = (grouped @ k[:, :, None].transpose(-1, -2)).float() / math.sqrt(D) + bias         # (B, Hkv, G, T, S)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v[:, :, None]).view(B, Hq, T, D)
+    q = q.view(B, k.shape[1], -1, T, D)                                     # (B, Hkv, G, T, D)
+    scores = (q @ k[:, :, None].transpose(-1, -2)).float() / math.sqrt(D) + bias
+    weights = scores.softmax(dim=-1).to(v.dtype)                            # (B, Hkv, G, T, S)
+    return (weights @ v[:, :, None]).view(B, Hq, T, D)
 
 
 class SoftAttention:
-    """The student: full attention, where the gate of a key outside the window is a bias in log space.
+    """The student: full attention, where a key outside the window has its gate as a bias.
 
-        score(i, j) = q_i . k_j / sqrt(D) + ( 0 if i - j < W else log g_j )          (g at least GATE_FLOOR)
+        score(i, j) = q_i . k_j / sqrt(D) + ( 0 if i - j < W else log g_j )    (g >= MIN_GATE)
 
-    With hard=True the bias is 0 or -inf, as at inference. After a forward pass `g` has each layer's gates (B, Hkv, T).
-    One of these for each pass: a checkpointed layer runs again in the backward pass, and what it makes then must not
-    take the place of the first, or all that the second run has computed would stay in memory behind it.
+    The bias is log g because exp(s + log g) = g exp(s): a gate of 1 leaves the key as it is, a
+    gate of 0 removes it, and in between there is a slope to learn from. With hard=True the bias
+    is 0 or -inf, as at inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
+
+    Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; keeping
+    the rerun's gates would keep its whole graph alive.
     """
 
     def __init__(self, gates, device, hard=False):
-        self.gates, self.device, self.hard, self.g = gates, device, hard, {}
+        self.gates = gates
+        self.device = device
+        self.hard = hard
+        self.g = {}
 
     def begin(self, T, lengths=None):
         self.positions = torch.arange(T, device=self.device)[None]
@@ -689,59 +1105,29 @@ class SoftAttention:
         pass
 
     def attend(self, layer, q, k, v, cos, sin):
-        q, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k_rotated = rotate(k, cos, sin)
         g = self.gates.gate(layer, k, k_rotated, self.positions)
-        self.g.setdefault(layer, g)
+        self.g.setdefault(layer, g)             # the first run's, not the rerun's
         if self.hard:
             log_g = torch.where(g >= self.gates.tau, 0.0, -math.inf)
         else:
-            log_g = g.clamp(min=GATE_FLOOR).log()
-        kernels = triton_kernels(q.device, q.shape[3])
+            log_g = g.clamp(min=MIN_GATE).log()
+        kernels = kernels_for(q)
         attend = kernels.soft_attention if kernels else soft_attention
         return attend(q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
 
 
-def admission_cost(g, window):
-    """The expected share of a dense cache that gates g (..., T) ask for: the second term of the loss.
+def sparsity_loss(g, window):
+    """The expected share of a dense cache that gates g (..., T) ask for: the loss's second term.
 
-    A token costs its time in the window in any case, o = min(1, W / (T - s)) of the rest of the sequence, and what is
-    left of it if it is admitted: o + (1 - o)(1 - (1 - g)^2). The square pushes gates to 0 or 1.
-    """
+    Token s lies in the window for o_s = min(1, W / (T - s)) of the rest of the sequence, whatever
+    its gate says, and for what is left of it if it is admitted: o + (1 - o)(1 - (1 - g)^2). The
+    slope of 1 - (1 - g)^2 is 2 (1 - g): steep at 0 and flat at 1, so gates do not rest in
+    between. """
     T = g.shape[-1]
     o = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)
     return (o + (1 - o) * (1 - (1 - g) ** 2)).mean()
-
-
-# -------------------------------------------------------------------------------------------------------------- demo
-
-def demo():
-    """One layer, one head, W = 4, and a gate that admits the tokens 0, 3 and 9 of 16."""
-    class Tiny:                                        # as much of a model as a cache asks for
-        class config:
-            num_layers, num_kv_heads, head_dim = 1, 1, 2
-        device, dtype = torch.device("cpu"), torch.float32
-
-    class Chosen:
-        window, tau = 4, 0.5
-
-        def gate(self, layer, k, k_rotated, positions):
-            return torch.isin(positions, torch.tensor([0, 3, 9])).float()[:, None]
-
-    g = Chosen().gate(0, None, None, torch.arange(16)[None])
-    print("Which keys (across) each query (down) of a 16-token prompt sees, W = 4; tokens 0, 3 and 9 are admitted.\n"
-          "The stripes are the admitted keys, the slash is the window:\n")
-    for i, line in enumerate(visible_mask(g, 4, 0.5)[0, 0].tolist()):
-        print(f"{i:6}  " + " ".join("#" if seen else "." if j <= i else " " for j, seen in enumerate(line)))
-    print("\nThe same, token by token. The ring has a slot for each position modulo 4:\n")
-    print("  token   ring (positions)   pages (positions)")
-    cache, nothing = DualCache(Tiny, Chosen()), torch.zeros(1, 1, 1, 2)
-    for i in range(16):
-        cache.begin(1)
-        cache.attend(0, nothing, nothing, nothing, torch.ones(1), torch.zeros(1))
-        cache.end()
-        ring = " ".join(f"{p:3}" for p in ((i - (i - s) % 4) if i >= (i - s) % 4 else "-" for s in range(4)))
-        pages = cache.row(cache.layers[0], "page_pos", 0, 0).tolist()
-        print(f"  {i:5}  {ring}     {' '.join(map(str, pages)) or '-'}")
 
 
 if __name__ == "__main__":
