@@ -61,7 +61,7 @@ def reason(error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return one_line(lines[0], 200)
+    return one_line(printable(lines[0]), 200)       # parsers quote what they read
 
 
 def run_program(main, argv=None):
