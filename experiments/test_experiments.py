@@ -1,262 +1,439 @@
-"""The experiments."""
-import functools
-import io
-import itertools
+"""Tests of the laboratory: policies.py, quality.py, plot.py and the figures in README.md."""
 import json
-import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import weakref
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")    # before triton is imported
+# Set before triton is imported: without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-import bench
-import generate
-import model as M
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-import wgkv
-from generate import Text, TextStream, kept_page, sampler
-from model import Config, Llama, UserError, rotate
+from common import HERE, UserError, run_program
+from experiments import plot, policies, quality
+from generate import Text, prefill
+from model import Llama
 from tiny import tasks
-from tiny.make import ANSWER_WEIGHT, Documents, Sentences
-from wgkv import (GATE_FLOOR, P, DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost,
-                  dense_attention, visible_mask)
+from wgkv import P, Gates
 
-torch.set_num_threads(1)                   # most things here are small: threads would only wait for each other
-TAU, CPU = 0.1, torch.device("cpu")
-RATES = (0, 0.03, 0.3, 0.9, 1)
-
-
-# --------------------------------------------------------------------------------------------------- the experiments
-
-def fact_document(text, n=0, tokens=300):
-    return tasks.make("facts", tasks.Haystack(STORY), tokens, text.tokenizer.encode, random.Random(n))[0]
+torch.set_num_threads(1)        # most things here are small: threads would only wait for each other
+CPU = torch.device("cpu")
+TINY = HERE / "tiny"
+STORY = (TINY / "example.txt").read_text(encoding="utf-8")
+README = (HERE / "experiments" / "README.md").read_text(encoding="utf-8")
 
 
-def read_by(policy, tiny, documents):
-    """A cache that has read the bodies under a policy."""
+@pytest.fixture(scope="module")
+def tiny():
+    """The bundled model and its text side: 8 layers of 4 KV heads."""
+    return Llama.from_pretrained(str(TINY)), Text(str(TINY))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Options, and settings in quality.py, with which an experiment takes seconds."""
+    monkeypatch.setattr(quality, "TAUS", (0.1, 0.4))
+    monkeypatch.setattr(quality, "LENGTHS", (256,))
+    monkeypatch.setattr(quality, "DEPTHS", (0.5,))
+    small = replace(quality.SWEEP, seq_len=(256,), tokens_per_step=256)
+    monkeypatch.setattr(quality, "SWEEP", small)
+    story = str(TINY / "example.txt")
+    return ["--cases", "2", "--length", "300", "--data", story, "--books", story,
+            "--train-steps", "1", "--lam", "0.1", "--device", "cpu",
+            "--work", str(tmp_path / "gates")]
+
+
+def fact_document(text, seed=0, tokens=300):
+    encode = text.tokenizer.encode
+    return tasks.make("facts", tasks.Haystack(STORY), tokens, encode, random.Random(seed))[0]
+
+
+def cache_after(policy, tiny, documents):
+    """A cache that holds the bodies of documents under a policy."""
     model, text = tiny
-    kv = bench.cache_of(model, text, policy)(documents)
-    generate.prefill(model, kv, [text.encode(d.body) for d in documents])
+    kv = policies.make_cache(model, text, policy, documents)
+    prefill(model, kv, [text.encode(d.body) for d in documents])
     return kv
 
 
-def test_the_oracle_keeps_what_the_question_looks_at(tiny, monkeypatch):
-    """An oracle that looks from the wrong end, or at the body alone; one whose heads share a budget."""
+# --------------------------------------------------------------------------------------- policies
+
+def test_sinks_admit_the_first_tokens():
+    """Off by one, or sinks that are counted from the end of a chunk."""
+    k = torch.zeros(2, 4, 5, 32)
+    positions = torch.arange(1, 6).expand(2, -1)            # a chunk that begins at position 1
+    g = policies.SinksAndWindow(8, sinks=3).gate(0, k, k, positions)
+    assert g.shape == (2, 4, 5)
+    assert (g >= 0.5)[1, 3].tolist() == [True, True, False, False, False]
+
+
+def test_frequencies_count_only_the_past(tiny):
+    """A policy that knows what comes later; padding of a short row that is taken for its values."""
     model, text = tiny
-    d, asked = fact_document(text), []
-    d = tasks.Document("facts", d.body, d.questions[:1])
+    short = tasks.Document("prose", "the the the cat the cat")
+    long = tasks.Document("prose", "a b a b a b a b a b a b")
+    policy = policies.FrequencyAdmission(4, 0.3)
+    values = policy.values(model, text, short)[0, 0].tolist()
+    ids = text.encode(short.body)
+    for n, (value, token) in enumerate(zip(values, ids)):
+        before = ids[:n].count(token)
+        assert 1 / (2 + before) < value <= 1 / (1 + before)
 
-    def peaks(model, ids, last):
+    policy.prepare(model, text, [short, long])
+    k = torch.zeros(2, 4, 5, 32)
+    last_two_and_three_more = torch.arange(len(ids) - 2, len(ids) + 3).expand(2, -1)
+    g = policy.gate(3, k, k, last_two_and_three_more)
+    assert g.shape == (2, 4, 5)
+    assert g[0, 1].tolist() == pytest.approx([*values[-2:], 1, 1, 1])
+    assert g[1, 0, 0] != 1                                  # the long document goes on there
+
+
+def test_whole_heads_keep_everything(tiny):
+    """Heads in the wrong order; a part of a head that is lost."""
+    _, text = tiny
+    ranking = torch.arange(32).flip(0).view(8, 4)           # the last layer's last head comes first
+    policy = policies.HeadwiseAdmission(8, ranking, share=2.5 / 32, length=328)
+    assert policy.window == 8 + 5                           # half a head is 160 tokens for 32 heads
+    admitted = cache_after(policy, tiny, [fact_document(text)]).admitted()
+    assert admitted[7, 2:].all()
+    assert admitted.sum() == admitted[7, 2:].sum()
+
+
+def test_heads_are_ranked_by_how_far_answers_look(tiny, monkeypatch):
+    """A ranking the wrong way round would keep the heads that need it least."""
+    model, text = tiny
+    far = torch.rand(8, 4)
+    monkeypatch.setattr(policies, "attention_mass",
+                        lambda model, ids, last: far[:, :, None].expand(8, 4, len(ids)))
+    ranking = policies.rank_heads(model, text, [fact_document(text)], 16)
+    in_order = far.flatten()[ranking.flatten().argsort()]
+    assert torch.equal(in_order, far.flatten().sort(descending=True).values)
+
+
+def test_the_oracle_keeps_what_the_question_attends_to(tiny, monkeypatch):
+    """An oracle that looks from the wrong end, or at the body alone, or with one budget for all."""
+    model, text = tiny
+    document = fact_document(text)
+    document = tasks.Document("facts", document.body, document.questions[:1])
+    asked = []
+
+    def one_peak_per_head(model, ids, last):
         asked.append((ids, last))
-        return (torch.arange(len(ids)) == torch.arange(100, 132).view(8, 4, 1)).float()     # at 100 in the first head
+        peaks = torch.arange(100, 132).view(8, 4, 1)        # position 100 + n in head n of 32
+        return (torch.arange(len(ids)) == peaks).float()
 
-    monkeypatch.setattr(bench, "attention_mass", peaks)
-    body, question = text.encode(d.body), text.encode(d.questions[0][0], begin=False)
-    admitted = read_by(bench.Oracle(8, 6.5 / len(body)), tiny, [d]).admitted()
-    for n, row in enumerate(admitted.flatten(0, 1)):
+    monkeypatch.setattr(policies, "attention_mass", one_peak_per_head)
+    body = text.encode(document.body)
+    question = text.encode(document.questions[0][0], begin=False)
+    policy = policies.OracleAdmission(8, share=6.5 / len(body))
+    admitted = cache_after(policy, tiny, [document]).admitted()
+    for n, row in enumerate(admitted.flatten(0, 1)):        # the peak and its three neighbours
         assert row.nonzero()[:, 0].tolist() == list(range(97 + n, 104 + n))
     assert asked == [(body + question, len(question))]
 
 
-def test_attention_mass_is_full_attention(tiny):
-    """A watcher that changes what it watches, or whose last queries see keys after them."""
+def test_the_recorder_changes_nothing_and_is_causal(tiny):
+    """A recorder that changes what it records, or whose last queries attend to keys after them."""
     model, text = tiny
     ids = text.encode(STORY)[:100]
-    watch = bench.Watch(CPU, 100)
     with torch.no_grad():
-        equal(model(torch.tensor([ids]), watch), model(torch.tensor([ids])), tolerance=2e-4)
-    mass = bench.attention_mass(model, ids, 100)
-    assert mass.shape == (8, 4, 100) and (mass.sum(-1) - 1).abs().max() < 1e-5
-    assert mass[..., -1].max() <= 0.01 and mass[..., -2].max() <= 0.02              # seen by one query of 100, by two
-    assert bench.attention_mass(model, ids, 1)[..., -1].max() > 0.01
-    q = torch.arange(4.).view(1, 4, 1, 1) + 1                            # heads 2 and 3 of the queries read KV head 1
-    k, one = torch.tensor([[[[0.], [1.]], [[0.], [-1.]]]]), torch.ones(1)
-    watch = bench.Watch(CPU, 1)
-    watch.attend(0, q.expand(1, 4, 2, 1).repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), one, 0 * one)
-    want = [[torch.sigmoid(sign * 2 ** 0.5 * torch.tensor(some)).mean() for some in ([1., 2.], [3., 4.])][h]
-            for h, sign in ((0, 1.0), (1, -1.0))]
-    equal(watch.g[0][0, :, 1], torch.stack(want))
+        recorded = model(torch.tensor([ids]), policies.AttentionRecorder(CPU, last=100))
+        plain = model(torch.tensor([ids]))
+    torch.testing.assert_close(recorded, plain, atol=2e-4, rtol=0)
+
+    mass = policies.attention_mass(model, ids, last=100)
+    assert mass.shape == (8, 4, 100)
+    assert (mass.sum(-1) - 1).abs().max() < 1e-5
+    # The last key is attended to by one query of 100, the one before it by two.
+    assert mass[..., -1].max() <= 0.01 and mass[..., -2].max() <= 0.02
+    assert policies.attention_mass(model, ids, last=1)[..., -1].max() > 0.01
 
 
-def test_policies_admit_what_their_names_say(tiny):
-    """Counts of the future, heads in the wrong order, padding of a shorter row taken for its values."""
-    model, text = tiny
-    short, long = (tasks.Document("prose", s) for s in ("the the the cat the cat", "a b a b a b a b a b a b"))
-    rare = bench.Rare(4, 0.3)
-    values, ids = rare.values(model, text, short)[0, 0].tolist(), text.encode(short.body)
-    for n, (value, token) in enumerate(zip(values, ids)):
-        assert 1 / (2 + ids[:n].count(token)) < value <= 1 / (1 + ids[:n].count(token))
-    rare.tell(model, text, [short, long])
-    k = torch.zeros(2, 4, 5, 32)
-    g = rare.gate(3, k, k, torch.arange(len(ids) - 2, len(ids) + 3).expand(2, -1))
-    assert g.shape == (2, 4, 5) and g.dtype == torch.float32
-    assert g[0, 1].tolist() == pytest.approx([*values[-2:], 1, 1, 1]) and g[1, 0, 0] != 1
-    ranking = torch.arange(32).flip(0).view(8, 4)                            # the last layer's last head comes first
-    heads = bench.Heads(8, ranking, 2.5 / 32, 328)
-    admitted = read_by(heads, tiny, [fact_document(text)]).admitted()
-    assert heads.window == 8 + 5 and admitted[7, 2:].all() and admitted.sum() == admitted[7, 2:].sum()
-    sinks = read_by(bench.Sinks(8, 3), tiny, [fact_document(text)]).admitted()
-    assert sinks[..., :3].all() and not sinks[..., 3:].any()
+def test_recorded_attention_by_hand():
+    """Query heads that are counted for the wrong KV head, or a wrong scale."""
+    q = torch.tensor([1., 2., 3., 4.]).view(1, 4, 1, 1).expand(1, 4, 2, 2)  # heads 2, 3: KV head 1
+    k = torch.tensor([[[[0.], [1.]], [[0.], [-1.]]]]).repeat(1, 1, 1, 2)    # (1, 2, 2, 2)
+    cos, sin = torch.ones(1), torch.zeros(1)                                # no rotation
+    recorder = policies.AttentionRecorder(CPU, last=1)
+    recorder.attend(0, q, k, k, cos, sin)
+    # The scores of the two keys are 0 and +-q 2 / sqrt(2): a softmax over two is a sigmoid.
+    head_0 = torch.sigmoid(2 ** 0.5 * torch.tensor([1., 2.])).mean()
+    head_1 = torch.sigmoid(-2 ** 0.5 * torch.tensor([3., 4.])).mean()
+    torch.testing.assert_close(recorder.mass[0][0, :, 1], torch.stack((head_0, head_1)))
 
 
-def test_heads_are_ranked_by_what_answers_look_at(tiny, monkeypatch):
-    """The head that looks far most must be 0: a ranking the wrong way round keeps the heads that need it least."""
-    model, text = tiny
-    far = torch.rand(8, 4)
-    monkeypatch.setattr(bench, "attention_mass", lambda model, ids, last: far[:, :, None].expand(8, 4, len(ids)))
-    ranking = bench.rank_heads(model, text, [fact_document(text)], 16)
-    assert torch.equal(far.flatten()[ranking.flatten().argsort()], far.flatten().sort(descending=True).values)
-
-
-@pytest.mark.parametrize("name", ("window only", "whole heads", "rare tokens"))
+@pytest.mark.parametrize("name", ("sliding window", "whole heads", "rare tokens"))
 def test_simpler_policies_keep_as_many_bytes(name, tiny):
     """A comparison that gives one side more bytes than the other."""
     model, text = tiny
     documents = [fact_document(text, tokens=400)]
-    ranking = lambda: torch.arange(32).view(8, 4)                                               # noqa: E731
-    policy = bench.matched(lambda share: bench.SIMPLER[name](16, share, 400, ranking), 0.4, model, text, documents)
-    kv = read_by(policy, tiny, documents)
-    kept, counts = kv.kept_bytes() / kv.dense_bytes(), torch.stack([c["count"] for c in kv.layers])
-    if name == "rare tokens":                          # all rows alike: a page for each is the least step; it is full
-        assert 0.4 <= kept < 0.4 + 70 / 390 and (-counts % P < 8).all()
+
+    def ranking():
+        return torch.arange(32).view(8, 4)
+
+    def make(share):
+        return policies.SIMPLER[name](16, share, 400, ranking)
+
+    kv = cache_after(policies.matched(make, 0.4, model, text, documents), tiny, documents)
+    kept = kv.kept_bytes() / kv.dense_bytes()
+    if name == "rare tokens":
+        # All heads agree, so the least step is a page for each head, and no page is left half full.
+        per_head = kv.num_promoted() / (kv.L * kv.Hkv)
+        assert 0.4 <= kept < 0.4 + (P + 6) / 390
+        assert -per_head % P < 8
     else:
-        assert 0.38 < kept < 0.41                      # a head comes with its pages, and all windows shrink again
+        assert 0.38 < kept < 0.41
 
 
-def test_intervals():
-    """Wilson's for right and wrong, with published values; never outside 0 and 1, never of no width for 0 of 10."""
-    for right, low, high in ((0, 0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1)):
-        r = bench.interval([1.0] * right + [0.0] * (10 - right))
-        assert (r["low"], r["high"]) == pytest.approx((low, high), abs=2e-4) and (r["mean"], r["n"]) == (right / 10, 10)
-    r = bench.interval([0.5, 0.75, 1.0, 0.75])
+# ----------------------------------------------------------------------------------------- scores
+
+@pytest.mark.parametrize("right, low, high", ((0, 0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1)))
+def test_wilson_intervals(right, low, high):
+    """Published values; an interval outside 0 to 1, or of no width for 0 of 10."""
+    r = quality.interval([1.0] * right + [0.0] * (10 - right))
+    assert (r["low"], r["high"]) == pytest.approx((low, high), abs=2e-4)
+    assert (r["mean"], r["n"]) == (right / 10, 10)
+
+
+def test_normal_intervals():
+    """The standard deviation of the population instead of the sample's; bounds where none are."""
+    r = quality.interval([0.5, 0.75, 1.0, 0.75])
     assert r["high"] - r["mean"] == pytest.approx(1.96 * 0.20412 / 2, abs=1e-4)
-    assert bench.interval([0.0, 0.0], bounded=False)["high"] == 0 and bench.interval([0.9, 1.0])["high"] == 1
+    assert quality.interval([0.9, 1.0])["high"] == 1
+    assert quality.interval([0.9, 1.1], bounded=False)["high"] > 1
+    assert quality.interval([0.0, 0.0], bounded=False)["high"] == 0
 
 
-def test_a_single_fact_lies_at_its_depth(tiny):
-    """A grid whose rows are not the depths that they say."""
+@pytest.mark.parametrize("depth", (0, 0.5, 1))
+def test_a_single_fact_is_at_its_depth(depth, tiny):
+    """A map whose rows are not the depths that they say."""
     _, text = tiny
-    for depth in (0, 0.5, 1):
-        d = bench.single_fact(tasks.Haystack(STORY), 400, depth, text.tokenizer.encode, random.Random(1))
-        [(question, answer)] = d.questions
-        fact = answer.removesuffix(tasks.END).strip()
-        assert abs(d.body.index(fact) / len(d.body) - depth) < 0.2 and len(text.encode(d.text)) <= 400
-        assert question.split()[-1].strip("?") in fact
+    d = quality.single_fact(tasks.Haystack(STORY), 400, depth, text.tokenizer.encode,
+                            random.Random(1))
+    [(question, answer)] = d.questions
+    fact = answer.removesuffix(tasks.END).strip()
+    assert abs(d.body.index(fact) / len(d.body) - depth) < 0.2
+    assert len(text.encode(d.text)) <= 400
+    assert question.split()[-1].strip("?") in fact
 
 
-def test_a_left_out_input_stays_out(tiny):
+def test_prose_is_scored_against_full_attention(tiny):
+    """Bits per token for bits per byte; a loss that is not that of the cache; wrong shares."""
+    model, text = tiny
+    documents = [tasks.Document("prose", STORY[:900]), tasks.Document("prose", STORY[900:1800])]
+    full = quality.score(model, text, None, {"prose": documents})
+    window = quality.score(model, text, policies.SinksAndWindow(16, sinks=0), {"prose": documents})
+    everything = quality.score(model, text, policies.uniform_random(16, 1.0), {"prose": documents})
+    # The model reads such English at about 1.5 bits per byte, or some 5 bits per token.
+    assert 1 < full["prose"]["mean"] < 2 < window["prose"]["mean"]
+    assert full["loss"]["mean"] < 1e-6 < 0.1 < window["loss"]["mean"]
+    assert (full["kept"], full["admitted"]) == (1, 1)
+    assert (window["admitted"], everything["admitted"]) == (0, 1)
+    assert everything["prose"]["mean"] == pytest.approx(full["prose"]["mean"], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------ experiments
+
+def test_an_input_that_is_left_out_stays_out(tiny):
     """Gates that learn to see again what they were not to see."""
     model, text = tiny
+    ids = torch.tensor(text.encode(STORY)[:100])
+    config = replace(quality.SWEEP, steps=2, tokens_per_step=100, seq_len=(100,), lam=1.0)
     for inputs in ("before", "after"):
         torch.manual_seed(0)
         gates = Gates.for_model(model, window=16)
-        bench.leave_out(gates, inputs)
+        quality.leave_out(gates, inputs)
         start = [p.clone() for p in gates.parameters()]
-        recipe = train.Recipe(steps=2, tokens_per_step=100, seq_len=(100,), lam=1.0)
-        samples = train.Samples(lambda rng, n: alike(text.encode(STORY)[:n]), recipe)
-        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe)
-        assert all(not torch.equal(a, b) or not a.any() for a, b in zip(start, gates.parameters()))
+        samples = train.Samples(lambda rng, length: (ids, torch.ones(len(ids))), config)
+        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, config)
+        for before, after in zip(start, gates.parameters()):
+            assert not torch.equal(before, after) or not before.any()   # all else has learnt
+
         k, other = torch.randn(2, 1, 4, 9, 32)
-        keys = [(k, x) if inputs == "before" else (x, k) for x in (k, other)]
-        assert torch.equal(gates.gate(0, *keys[0], None), gates.gate(0, *keys[1], None))
-        assert bench.cost_of(gates, model)["parameters"] == sum(p.numel() for p in start) - 8 * (32 + 4 * 128 * 32)
+        if inputs == "before":
+            one, two = gates.gate(0, k, k, None), gates.gate(0, k, other, None)
+        else:
+            one, two = gates.gate(0, k, k, None), gates.gate(0, other, k, None)
+        assert torch.equal(one, two)
+        norm, columns = 32, 4 * 128 * 32                    # of each layer, left out
+        in_use = sum(p.numel() for p in start) - 8 * (norm + columns)
+        assert quality.cost_of(gates, model)["parameters"] == in_use
 
 
-@pytest.fixture
-def toy(tmp_path):
-    """Options that make an experiment take seconds."""
-    story = str(TINY_FOLDER / "example.txt")
-    return ["quality", "--cases", "2", "--length", "300", "--data", story, "--books", story, "--train-steps", "1",
-            "--train-tokens-per-step", "256", "--train-seq-len", "256", "--device", "cpu", "--work",
-            str(tmp_path / "gates"), "--lam", "0.1", "--taus", "0.1", "0.4", "--lengths", "256", "--depths", "0.5"]
+def test_every_experiment_measures_what_its_rows_say(toy, tmp_path, monkeypatch):
+    """A loop variable that a function sees too late: all rows would measure the last setting."""
+    scored = []
+
+    def score(model, text, policy, tests):
+        scored.append(policy)
+        r = dict(mean=1.0, low=1.0, high=1.0, n=2, kept=0.5)
+        return dict(kept=0.5, **{task: r for task in tests})
+
+    monkeypatch.setattr(quality, "score", score)
+    monkeypatch.setattr(quality, "matched", lambda make, *others: make(0.5))
+    monkeypatch.setattr(quality, "rank_heads", lambda *others: torch.arange(32).view(8, 4))
+    monkeypatch.setattr(train, "train", lambda *args, **more: (1, None))
+    monkeypatch.setattr(train, "model_writes", lambda *args: STORY)
+
+    def rows(item):
+        scored.clear()
+        assert quality.main([*toy, "--item", str(item)]) == 0
+        file = json.loads((tmp_path / "gates" / f"quality-{item}.json").read_text())
+        settings = [row["settings"] for row in file["rows"]]
+        pairs = list(zip(settings, scored, strict=True))
+        return [(s, policy) for s, policy in pairs if policy is not None]
+
+    assert [s["tau"] for s, gates in rows(1) if gates.tau == s["tau"]] == [0.1, 0.4]
+    windows = [(s["W"], s["lam"]) for s, gates in rows(2) if gates.window == s["W"]]
+    assert windows == [(128, 0.1), (1, 0.1), (1, 0.4), (1, 1.6)]
+    by_name = {s["policy"]: type(policy).__name__ for s, policy in rows(3)}
+    assert list(by_name) == ["gates", *policies.SIMPLER]
+    assert by_name["whole heads"] == "HeadwiseAdmission"
+    assert by_name["rare tokens"] == "FrequencyAdmission"
+    assert len(rows(5)) == 4 * 3
+    widths = [(s["width"], s["inputs"]) for s, gates in rows(6) if gates.expansion == s["width"]]
+    assert len(widths) == 6
+    trained = {path.name.rpartition("-")[0] for path in (tmp_path / "gates").glob("*.safetensors")}
+    assert {"own-lam0.1-W128-E4-both", "plain-books-lam0.1-W128-E4-both", "books-lam0.1-W1-E4-both",
+            "books-lam0.1-W128-E4-after", "books-lam0.1-W128-E0.5-both"} <= trained
+
+
+def test_what_gates_are_trained_on(toy, tiny, monkeypatch):
+    """Text that is written when a sample asks for it: in a worker process, without the GPU."""
+    model, text = tiny
+    wrote = []
+    monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
+    x = quality.Experiment(5, model, quality.parse(toy))
+    draws = {source: x.draw(source) for source in ("own", "books", "both", "plain books")}
+    assert len(wrote) == 1
+    heaviest = {}
+    for source, draw in draws.items():
+        samples = [draw(random.Random(n), 256) for n in range(8)]
+        assert all(0 < len(ids) == len(weights) <= 256 for ids, weights in samples)
+        heaviest[source] = max(weights.max().item() for _, weights in samples)
+    assert heaviest == dict(own=30, books=30, both=30) | {"plain books": 1}
+    assert len(wrote) == 1
 
 
 def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
-    """Finished points done again, gates trained twice, rows of other options in one file, rows without their origin."""
-    scored, trained, score, training = [], [], bench.score, train.train
+    """Finished rows measured again, gates trained twice, rows of other options in one file."""
+    score, training = quality.score, train.train
+    scored, trained = [], []
+    stop_at = 2
 
-    def interrupt(*args):
-        if len(scored) == 2:
+    def score_or_stop(*args):
+        if len(scored) == stop_at:
             raise KeyboardInterrupt
         scored.append(args)
         return score(*args)
 
-    monkeypatch.setattr(bench, "score", interrupt)
-    monkeypatch.setattr(train, "train", lambda *args, **more: (trained.append(args), training(*args, **more))[1])
+    def count_training(*args, **more):
+        trained.append(args)
+        return training(*args, **more)
+
+    monkeypatch.setattr(quality, "score", score_or_stop)
+    monkeypatch.setattr(train, "train", count_training)
     path = tmp_path / "quality-1.json"
-    toy += ["--json", str(path)]
-    assert generate.run_program(bench.main, [*toy, "--item", "1"]) == 130
+    command = [*toy, "--json", str(path), "--item", "1"]
+    assert run_program(quality.main, command) == 130
     before = json.loads(path.read_text())["rows"]
-    assert len(before) == 2 and len(trained) == 1
-    scored.append(None)                                                              # no longer 2: it goes through
-    assert bench.main([*toy, "--item", "1"]) == 0
+    assert (len(before), len(trained)) == (2, 1)
+
+    stop_at = None
+    assert quality.main(command) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert rows[:2] == before and len(rows) == 3 and len(scored) == 4 and len(trained) == 1
+    assert rows[:2] == before
+    assert (len(rows), len(scored), len(trained)) == (3, 3, 1)
     for row in rows[1:]:
-        assert {"kept", "admitted", "loss", "facts", "prose", "commit", "command", "machine", "seed"} <= row.keys()
-        assert row["full"] == {"facts": rows[0]["facts"]["mean"], "prose": rows[0]["prose"]["mean"]}
-    assert rows[1]["settings"]["tau"] == 0.1 and rows[2]["kept"] < rows[1]["kept"]
+        assert {"kept", "admitted", "loss", "commit", "command", "machine", "seed"} <= row.keys()
+        assert row["command"].startswith("python experiments/quality.py")
+        assert row["full"] == {task: rows[0][task]["mean"] for task in ("facts", "prose")}
+    assert rows[1]["settings"]["tau"] == 0.1
+    assert rows[2]["kept"] < rows[1]["kept"]
+
     capsys.readouterr()
-    assert bench.main([*toy, "--item", "1"]) == 0 and len(scored) == 4               # all of it is there
+    assert quality.main(command) == 0                       # everything is there: it is only shown
     out, _ = capsys.readouterr()
+    assert len(scored) == 3
     assert out.count("\n") == 3 and "tau 0.4: kept" in out
-    assert generate.run_program(bench.main, [*toy, "--item", "1", "--seed", "1"]) == 2
+    assert run_program(quality.main, [*command, "--seed", "1"]) == 2
     assert "has rows of another run, seed 0 there and 1 here" in capsys.readouterr().err
 
 
-def test_the_model_has_written_before_samples_are_drawn(toy, monkeypatch):
-    """Its own writing put off until a sample asks for it: that is in another process, which cannot use the card."""
-    wrote = []
-    monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
-    monkeypatch.setattr(bench, "bench_quality", lambda model, args: bench.Experiment(5, model, args).draw("both"))
-    assert bench.main(toy) == 0 and len(wrote) == 1
+def test_the_quick_run_needs_nothing_from_outside(monkeypatch, capsys):
+    """What CI runs: all tasks, with the gates between full attention and the window alone."""
+    # At 256 tokens the ring alone would be half of the cache.
+    monkeypatch.setattr(quality, "QUICK", dict(cases=2, length=512, haystack_tokens=64))
+    monkeypatch.setattr(train, "model_writes", lambda *args: STORY)         # 20 s of a CPU
+    assert quality.main(["--quick", "--device", "cpu"]) == 0
+    full, gates, window = capsys.readouterr().out.splitlines()
+    assert full.startswith("full attention: kept 100.0%")
+    assert all(f"; {task} " in gates for task in quality.TASKS)
+    assert window.startswith("sliding window")
+    least, most = [float(re.search(r"kept ([\d.]+)%", line).group(1)) for line in (window, gates)]
+    assert least < most < 100
 
 
-def test_pictures_are_drawn_of_what_is_there(toy, tmp_path, monkeypatch, capsys):
-    """Items 4 and 7 from end to end, and their pictures; one that fails for the lack of another's figures."""
+def test_pictures_of_what_is_there(toy, tmp_path, monkeypatch):
+    """Experiments 4 and 7 from end to end; a picture that needs the figures of another."""
     pytest.importorskip("matplotlib")
-    tmp_path = tmp_path / "gates"                                                    # --work, where figures go
-    monkeypatch.setattr(bench, "ALL", ("facts", "prose"))
-    monkeypatch.setattr(bench, "ASSETS", tmp_path)
+    folder = tmp_path / "gates"                             # --work, where the figures go
+    monkeypatch.setattr(quality, "TASKS", ("facts", "prose"))
+    monkeypatch.setattr(plot, "FOLDER", folder)
     with pytest.raises(UserError, match="no figures"):
-        bench.plot()
-    assert bench.main([*toy, "--item", "4", "--item", "7"]) == 0
-    rows = json.loads((tmp_path / "quality-4.json").read_text())["rows"]
-    assert len(rows) == 6 and {row["settings"]["length"] for row in rows} == {256}
-    [row] = json.loads((tmp_path / "quality-7.json").read_text())["rows"]
-    shares = torch.tensor(row["map"])
-    assert shares.shape == (8, 4) and row["heads"][0]["share"] == pytest.approx(shares.max().item())
-    assert all(kept <= seen for head in row["heads"] for _, kept, seen in head["kept"])
-    bench.plot()
-    assert {p.name for p in tmp_path.glob("*.png")} == {"quality-4.png", "quality-7.png"}
+        plot.main([])
+    assert quality.main([*toy, "--item", "4", "--item", "7"]) == 0
 
+    rows = json.loads((folder / "quality-4.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert {row["settings"]["length"] for row in rows} == {256}
+    [row] = json.loads((folder / "quality-7.json").read_text())["rows"]
+    shares = torch.tensor(row["map"])
+    assert shares.shape == (8, 4)
+    assert row["heads"][0]["share"] == pytest.approx(shares.max().item())
+    assert all(kept <= seen for head in row["heads"] for _, kept, seen in head["kept"])
+
+    assert plot.main([]) == 0
+    assert {path.name for path in folder.glob("*.png")} == {"quality-4.png", "quality-7.png"}
+
+
+def test_all_pictures_of_this_folder(tmp_path, monkeypatch):
+    """A picture that the figures in this folder no longer fit."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot, "FOLDER", tmp_path)
+    for item in plot.PICTURES:
+        name = f"quality-{item}.json"
+        (tmp_path / name).write_text((HERE / "experiments" / name).read_text())
+    assert plot.main([]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == len(plot.PICTURES)
+    assert not list(tmp_path.glob("*.part"))
+
+
+# -------------------------------------------------------------------------------- another engine
 
 def test_other_engines_are_scored_like_ours(toy, tmp_path, capsys):
-    """Expected answers that do not score 100%, wrong ones that do, and answers that went missing unseen."""
+    """Right answers that do not score 100%, wrong ones that do, answers that are missing unseen."""
     prompts, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
-    assert bench.main([*toy, "--prompts", str(prompts)]) == 0
+    assert quality.main([*toy, "--prompts", str(prompts)]) == 0
     capsys.readouterr()
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    assert {row["task"] for row in rows} == {"facts", "lists", "classes", "copy"} and len(rows) >= 8
+    assert {row["task"] for row in rows} == {"facts", "lists", "classes", "copy"}
+    assert len(rows) >= 8
 
-    def scored(rows, *words):
+    def scored(rows, error=None):
         answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        status = generate.run_program(bench.main, ["quality", "--prompts", str(prompts), "--score", str(answers)])
+        status = run_program(quality.main, ["--prompts", str(prompts), "--score", str(answers)])
         out, err = capsys.readouterr()
-        assert status == (2 if words else 0) and all(word in out + err for word in words) and err.count("\n") <= 1
+        assert status == (2 if error else 0)
+        if error:
+            assert error in err and err.count("\n") == 1
         return dict(re.findall(r"^(\w+) +([\d.]+)%", out, re.M))
 
     good = [dict(id=row["id"], answer=f" {row['answer']}{tasks.END} and more") for row in rows]
@@ -265,36 +442,103 @@ def test_other_engines_are_scored_like_ours(toy, tmp_path, capsys):
     scored(good[1:], "has no answer to facts/0/0")
     scored([*good, dict(id="x", answer="")], "has no prompt x")
     scored([*good, good[0]], "was there before")
-    scored([dict(id=3, answer="")], "line 1", "no JSON object with id, answer")
+    scored([dict(id=3, answer="")], "line 1: no JSON object with id, answer as text")
 
 
-def test_the_quick_run_needs_nothing_from_outside(monkeypatch, capsys):
-    """What CI runs: all tasks, and gates between full attention and a window only."""
-    monkeypatch.setattr(bench, "QUICK", (2, 512, 64))         # at 256 the ring alone is half of it
-    monkeypatch.setattr(train, "model_writes", lambda model, text, tokens, seed: STORY)      # 20 s of a CPU
-    assert bench.main(["quality", "--quick", "--device", "cpu"]) == 0
-    out, _ = capsys.readouterr()
-    full, gates, window = out.splitlines()
-    assert full.startswith("full attention: kept 100.0%") and all(f"; {task} " in gates for task in bench.ALL)
-    kept = [float(re.search(r"kept ([\d.]+)%", line).group(1)) for line in (window, gates)]
-    assert kept[0] < kept[1] < 100 and "window only" in window
+def test_from_another_folder(tmp_path):
+    """Programs that find the repository only when it is the working directory."""
+    row = dict(id="1", task="facts", prompt="?", answer="4821")
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    program = str(HERE / "experiments" / "quality.py")
+    command = [sys.executable, program, "--prompts", "p.jsonl", "--score", "p.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "100.0%" in done.stdout
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--item", "8"], "--item"), (["--item", "5"], "--books"), (["--item", "2", "--gates", "x"], "item 2 trains its"),
-    (["--item", "1", "2", "--json", "x.json"], "--json"), (["--quick", "--item", "1"], "one of --item"),
-    (["--score", "a.jsonl"], "--score needs --prompts"), (["--prompts", "no/such/p.jsonl"], "no/such"),
-    (["--prompts", "no.jsonl", "--score", "no.jsonl"], "no.jsonl cannot be read"),
-    (["--item", "1", "--work", str(TINY_FOLDER / "config.json")], "--work"),
-    (["--quick", "--json", str(TINY_FOLDER / "config.json")], "holds no rows"),
-    (["--item", "4", "--lengths", "50", "--data", "x"], "lengths 128"), (["--depths", "2"], "--depths"),
-    (["--taus", "0"], "--taus"), (["prefill"], "quality goes alone"),
-    (["--item", "3", "--gates", "no.safetensors"], "no.safetensors"), (["--admit", "all"], "--admit")])
-def test_experiments_refuse_what_cannot_work(argv, words, capsys, tmp_path, monkeypatch):
-    """A mistake is one line, before anything slow."""
+# ---------------------------------------------------------------------------------------- mistakes
+
+BAD_OPTIONS = (
+    (["--item", "8"], "--item"),
+    (["--item", "1", "--quick"], "--item and --quick do not go together"),
+    (["--quick", "--prompts", "p.jsonl"], "--quick and --prompts do not go together"),
+    (["--score", "TEXT"], "--score needs --prompts"),
+    (["--prompts", "p.jsonl", "--json", "x.json"], "--json"),
+    (["--item", "1", "2", "--json", "x.json"], "--json is one file"),
+    (["--item", "2", "--gates", "TEXT"], "experiment 2 trains its own gates"),
+    (["--item", "5", "--data", "TEXT"], "experiment 5 needs --books"),
+    (["--data", "nowhere"], "--data nowhere"),
+    (["--books", "nowhere"], "--books nowhere"),
+    (["--gates", "nowhere"], "--gates nowhere"),
+    (["--work", "TEXT"], "--work TEXT is a file"),
+    (["--json", "no/such/x.json"], "no/such"),
+    (["--prompts", "no/such/p.jsonl"], "no/such"),
+    (["--cases", "1"], "--cases"),
+    (["--length", "8"], "--length"),
+    (["--tau", "2"], "--tau"),
+    (["--lam", "-1"], "--lam"),
+    (["--train-steps", "0"], "--train-steps"),
+)
+
+
+@pytest.mark.parametrize("argv, words", BAD_OPTIONS, ids=str)
+def test_bad_options_are_one_line_and_early(argv, words, tmp_path, monkeypatch, capsys):
+    """A mistake that is found after an hour, or that ends in a traceback."""
     monkeypatch.chdir(tmp_path)
-    assert generate.run_program(bench.main, ["quality", *argv, "--device", "cpu"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and words in err.splitlines()[-1] and not list(tmp_path.iterdir())
+    monkeypatch.setattr(quality, "load_model", lambda args: pytest.fail("the model was loaded"))
+    Path("TEXT").write_text("A few words.")
+    assert run_program(quality.main, argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["TEXT"]
 
 
+@pytest.mark.parametrize("argv, words", (
+    (["--gates", "TEXT"], "TEXT"),
+    (["--json", "TEXT"], "TEXT"),
+    (["--json", "OTHER"], "OTHER holds no rows of an experiment"),
+    (["--data", "TEXT", "--quick"], "no prose to hide tasks in"),
+    (["--model", "BARE"], "gates.safetensors is missing"),
+), ids=str)
+def test_bad_files_are_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    """A file of another kind that ends in a traceback, or is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    Path("TEXT").write_text("A few words.")
+    Path("OTHER").write_text('{"rows": 3}')
+    Path("BARE").mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        Path("BARE", file).symlink_to(TINY / file)
+    assert run_program(quality.main, [*argv, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert Path("TEXT").read_text() == "A few words."
+
+
+# ------------------------------------------------------------------------------------- the README
+
+def test_the_readmes_figures_are_those_of_the_files():
+    """A figure that was typed wrong, or whose file was measured again since."""
+    files = [json.loads(path.read_text()) for path in (HERE / "experiments").glob("quality-*.json")]
+    files += [part for part in json.loads((HERE / "experiments/quality.json").read_text()).values()
+              if isinstance(part, dict)]
+    measured = set()
+    for row in [row for file in files for row in file["rows"]]:
+        if all(task in row for task in quality.TASKS):
+            cells = [row["kept"]] + [row[task]["mean"] for task in quality.TASKS[:-1]]
+            percent = " | ".join(f"{cell:.1%}" for cell in cells)
+            measured.add(f"{percent} | {row['prose']['mean']:.3f}")
+
+    table_rows = re.findall(r"^\|[^|]+\| ((?:[\d.]+% \| ){5}[\d.]+) \|$", README, re.M)
+    assert len(table_rows) == 5 + 5 + 8
+    for cells in table_rows:
+        assert cells in measured, cells
+
+
+def test_the_readmes_commands_parse():
+    """An option that is named in the README and was renamed since."""
+    commands = re.findall(r"^python experiments/quality\.py (.*?)(?: +#.*)?$", README, re.M)
+    assert len(commands) >= 10
+    known = (HERE / "experiments" / "quality.py").read_text()
+    for option in re.findall(r"--[a-z-]+", " ".join(commands)):
+        assert f'"{option}"' in known or option in ("--model", "--device", "--dtype"), option
