@@ -395,7 +395,7 @@ class RandomAdmission:
         """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
         B, Hkv, T, _ = k.shape
         head = torch.arange(Hkv, device=k.device)[:, None]                  # (Hkv, 1)
-        stream = head + 131 * layer + 65537 * self.seed
+        stream = head + 131 * layer + 65537 * (self.seed % 2**32)           # fits 64 bits
         x = positions[:, None, :] + stream * 0x9E3779B1                     # (B or 1, Hkv, T)
 
         # A hash of 32-bit numbers that mixes well: shift, xor and multiply, three times.
