@@ -21,7 +21,7 @@ Letters in shapes: B sequences, T new tokens, S keys, Hq query heads, Hkv key/va
 dim. Tensors that have heads are (B, heads, T, D).
 
 In order: config.json, RoPE, the model, from files to parameters. The last part is the longest and
-the dullest, for files from the internet come in many forms; skip it at first reading.
+the dullest, because files in the wild come in many forms. Skip it at first reading.
 """
 import math
 import os
@@ -110,9 +110,8 @@ def read_config(folder):
     if dtype is not None and not isinstance(dtype, str):
         raise c.error("dtype", dtype, "should be a name such as bfloat16")
 
-    # The limits are far above every model we know: Llama 405B has 126 layers of 16,384 and 128
-    # heads. They only keep a broken config from making us work forever. The tensors' own shapes
-    # come later.
+    # The limits are far above every model we know: Llama 405B has 126 layers of 16,384. They only
+    # keep a broken config from making us work forever; `check_shapes` compares with the tensors.
     hidden = c.size("hidden_size", 2**20)
     heads = c.size("num_attention_heads", 2**14)
     kv_heads = c.size("num_key_value_heads", 2**14, default=heads)
@@ -164,8 +163,7 @@ def refuse_unsupported(c):
                       "sliding_window and linear-attention layers are not supported")
 
 
-# The settings of RoPE scaling: what each type needs, and the range of each number where it is
-# given.
+# RoPE scaling: the settings that each type needs, and the range of each setting.
 ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -188,9 +186,9 @@ ROPE_RANGES = {
 def read_rope(c):
     """rope_theta and the settings of RoPE scaling ({} for none) from the fields of a config.
 
-    transformers 5 moved rope_theta and rope_scaling into rope_parameters. Both forms are around,
-    and a reader who knows only one of them computes with 10000 and no scaling, and notices only in
-    long texts.
+    transformers 5 moved rope_theta and rope_scaling into rope_parameters, and both forms are
+    around. A loader that knows one of them takes 10000 and no scaling for the other, and its model
+    goes wrong only in long texts.
     """
     rope = c.get("rope_parameters") or c.get("rope_scaling", {})
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -228,10 +226,9 @@ def read_rope(c):
 #
 #     inv_freq[m] = theta^(-2m / D)
 #
-# A dot product of two rotated pairs depends on the difference of their angles only, so q . k
-# depends on how far apart query and key are, and not on where. With D = 128 and theta = 500,000
-# (Llama 3), pair 0 rotates by 1 radian a token (a full turn every 6.3 tokens) and pair 63 by 2.5e-6
-# (every 2.6 million).
+# The dot product of two rotated pairs depends only on the difference of their angles. So q . k
+# depends on how far apart query and key are, not on where they are. With D = 128 and theta =
+# 500,000 (Llama 3), pair 0 makes a full turn every 6.3 tokens and pair 63 every 2.6 million.
 
 def rope_frequencies(config):
     """inv_freq (D/2,) fp32 on the CPU, and the factor on cos and sin (1 except for yarn)."""
@@ -239,9 +236,8 @@ def rope_frequencies(config):
     pair = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     inv_freq = config.rope_theta ** (-2 * pair / D)
 
-    # A model that was trained on short texts has never met the angles of long ones. Scaling slows
-    # the rotation down, by a factor such as 8, so that a text 8 times as long shows it no new
-    # angles.
+    # A model trained on short texts has never met the angles of long ones. Scaling slows the
+    # rotation down by a factor such as 8, so a text 8 times as long brings no new angles.
     kind = config.rope.get("rope_type", "default")
     if kind == "linear":
         return inv_freq / config.rope["factor"], 1.0
@@ -255,10 +251,12 @@ def rope_frequencies(config):
 def llama3_frequencies(config, inv_freq):
     """Slow pairs are scaled, fast ones (which tell neighbours apart) kept, those between blended.
 
-    Llama 3.1: original context 8192, factor 8, low 1, high 4, theta 500,000, D = 128. Full turns in
-    8192 tokens, and how much of inv_freq is kept: pair 28 turns 4.19 times, is above 4, keeps all
-    of it; pair 63 turns 0.003 times, is below 1, gets 1/8 of it; pair 31 turns 2.26 times, lies
-    0.42 of the way from 1 to 4, and gets 0.42 + 0.58 / 8 = 0.49 of it.
+    Llama 3.1 has original context 8192, factor 8, low 1, high 4, theta 500,000, D = 128:
+
+        pair   full turns in 8192 tokens   new frequency, as a share of the old one
+        28     4.19, above 4               1
+        31     2.26, 0.42 of the way       0.42 + 0.58 / 8 = 0.49
+        63     0.003, below 1              1 / 8
     """
     r = config.rope
     turns = r["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
@@ -270,9 +268,8 @@ def llama3_frequencies(config, inv_freq):
 def yarn_frequencies(config, inv_freq):
     """YaRN (arXiv 2309.00071): the same idea, with a blend that is linear in the pair's number.
 
-    Qwen2.5: original context 32768, theta 1,000,000, D = 128. Pair 23.6 turns 32 times in it and
-    pair 39.7 once. So pairs up to 23 are kept, pairs from 40 on are scaled, pair 31 is about
-    halfway.
+    Qwen2.5 has original context 32768, theta 1,000,000, D = 128. Pair 23.6 turns 32 times in it,
+    pair 39.7 once. So pairs up to 23 are kept, those from 40 on are scaled, 31 is about halfway.
     """
     D = config.head_dim
     r = config.rope
@@ -318,8 +315,7 @@ def kernels_for(x):
     """The module of Triton kernels if it can run on x, else None: PyTorch then computes the same.
 
     The kernels run on CUDA devices. They load 16 bytes at a time, which is 8 numbers of 2 bytes, so
-    each row of x must be a multiple of 8 long. This is the one place that chooses, for all our
-    files.
+    each row of x must be a multiple of 8 long. All our files choose here and nowhere else.
     """
     if not x.is_cuda or x.shape[-1] % 8:
         return None
@@ -334,8 +330,8 @@ def attention(q, k, v, mask=None, is_causal=False):
     """
     G = q.shape[1] // k.shape[1]
     if G > 1 and q.is_cuda and q.dtype == torch.float32:
-        # None of torch's fused kernels has GQA in fp32. Without one it would hold all T x S scores
-        # at once, so here we rather hold every KV head G times.
+        # None of torch's fused kernels has GQA in fp32, and what it falls back on holds all T x S
+        # scores at once. Repeated KV heads take less.
         k = k.repeat_interleave(G, dim=1)       # (B, Hq, S, D)
         v = v.repeat_interleave(G, dim=1)
         G = 1
@@ -576,10 +572,10 @@ class StoredTensor:
 
 
 def check_finite(path, name, tensor):
-    """UserError if a tensor holds NaN or infinity: they would end in empty or senseless answers.
+    """UserError if a tensor holds NaN or infinity: the model's answers would be empty or senseless.
 
-    The smallest and the largest number tell, since NaN makes both NaN. `isfinite` would allocate as
-    much as the tensor again, and took 50 times as long.
+    The smallest and the largest number tell, for a NaN makes both NaN. `isfinite` of all numbers
+    would take some 50 times as long, and as much memory as the tensor.
     """
     low, high = tensor.aminmax()
     if not (low.isfinite() and high.isfinite()):
@@ -590,8 +586,8 @@ def check_finite(path, name, tensor):
 def find_tensors(folder):
     """{name without "model.": StoredTensor} of all tensors that the folder has for us.
 
-    The index decides where there is one, else model.safetensors. We read no other file: folders
-    often have the same weights again in another form beside it.
+    If there is an index, it decides; else it is model.safetensors. We read no other file: folders
+    often hold the same weights again in another form.
     """
     index = os.path.join(folder, INDEX)
     single = os.path.join(folder, SINGLE)
@@ -636,7 +632,7 @@ def open_shards(folder, index):
             shards[shard] = (file, set(file.keys()))
         file, names = shards[shard]
         if name not in names:
-            raise UserError(f"{index}: {quoted(name)} should be in {shard} and is not")
+            raise UserError(f"{index}: {quoted(name)} should be in {quoted(shard)} and is not")
         stored.append(StoredTensor(path, file, name))
     return stored
 
