@@ -157,15 +157,16 @@ def test_the_recorder_changes_nothing_and_is_causal(tiny):
 
 
 def test_recorded_attention_by_hand():
-    """Query heads that are counted for the wrong KV head, or a wrong scale."""
+    """Query heads that are counted for the wrong KV head, a wrong scale, a key from the future."""
     q = torch.tensor([1., 2., 3., 4.]).view(1, 4, 1, 1).expand(1, 4, 2, 2)  # heads 2, 3: KV head 1
     k = torch.tensor([[[[0.], [1.]], [[0.], [-1.]]]]).repeat(1, 1, 1, 2)    # (1, 2, 2, 2)
     cos, sin = torch.ones(1), torch.zeros(1)                                # no rotation
-    recorder = policies.AttentionRecorder(CPU, last=1)
+    recorder = policies.AttentionRecorder(CPU, last=2)
     recorder.attend(0, q, k, k, cos, sin)
-    # The scores of the two keys are 0 and +-q 2 / sqrt(2): a softmax over two is a sigmoid.
-    head_0 = torch.sigmoid(2 ** 0.5 * torch.tensor([1., 2.])).mean()
-    head_1 = torch.sigmoid(-2 ** 0.5 * torch.tensor([3., 4.])).mean()
+    # The first query sees the first key alone. For the second the scores of the two keys are 0 and
+    # +-q 2 / sqrt(2), and a softmax over two is a sigmoid.
+    head_0 = (0 + torch.sigmoid(2 ** 0.5 * torch.tensor([1., 2.])).mean()) / 2
+    head_1 = (0 + torch.sigmoid(-2 ** 0.5 * torch.tensor([3., 4.])).mean()) / 2
     torch.testing.assert_close(recorder.mass[0][0, :, 1], torch.stack((head_0, head_1)))
 
 
@@ -306,20 +307,30 @@ def test_every_experiment_measures_what_its_rows_say(toy, tmp_path, monkeypatch)
 
 
 def test_what_gates_are_trained_on(toy, tiny, monkeypatch):
-    """Text that is written when a sample asks for it: in a worker process, without the GPU."""
+    """Text of another source, or one that is written when a sample asks for it: that happens in a
+    worker process, which has no GPU."""
     model, text = tiny
     wrote = []
-    monkeypatch.setattr(train, "model_writes", lambda *args: wrote.append(args) or STORY)
+
+    def model_writes(*args):
+        wrote.append(args)
+        return STORY.replace(" the ", " ZZ ")
+
+    monkeypatch.setattr(train, "model_writes", model_writes)
     x = quality.Experiment(5, model, quality.parse(toy))
-    draws = {source: x.draw(source) for source in ("own", "books", "both", "plain books")}
+    draws = {"both": x.draw("both")}
     assert len(wrote) == 1
-    heaviest = {}
+    draws.update({source: x.draw(source) for source in ("own", "books", "plain books")})
+    from_model, heaviest = {}, {}
     for source, draw in draws.items():
-        samples = [draw(random.Random(n), 256) for n in range(8)]
+        samples = [draw(random.Random(n), 256) for n in range(12)]
         assert all(0 < len(ids) == len(weights) <= 256 for ids, weights in samples)
+        from_model[source] = sum(" ZZ " in text.decode(ids.tolist()) for ids, _ in samples)
         heaviest[source] = max(weights.max().item() for _, weights in samples)
-    assert heaviest == dict(own=30, books=30, both=30) | {"plain books": 1}
     assert len(wrote) == 1
+    assert (from_model["own"], from_model["books"], from_model["plain books"]) == (12, 0, 0)
+    assert 0 < from_model["both"] < 12
+    assert heaviest == {"own": 30, "books": 30, "both": 30, "plain books": 1}
 
 
 def test_an_interrupted_experiment_goes_on(toy, tmp_path, monkeypatch, capsys):
