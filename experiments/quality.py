@@ -294,8 +294,9 @@ class Experiment:
 
     def settings(self, item):
         """All that the rows of a file have in common, as JSON has it."""
-        args, gates = self.args, None
-        if args.gates or item not in TRAINS:
+        args = self.args
+        gates = None
+        if args.gates or item in GIVEN_GATES:
             gates = digest(gates_file(args).read_bytes())
             self.given_gates()                          # a file that holds no gates is refused here
         settings = dict(
@@ -314,22 +315,28 @@ class Experiment:
             folders = (HERE, HERE / "tiny", HERE / "experiments")
             files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
             return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-        if name == "books" or (name == "data" and self.args.data):
-            return train.read_text(self.args.books if name == "books" else self.args.data)
+        if name == "books":
+            return train.read_text(self.args.books)
+        if name == "data" and self.args.data:
+            return train.read_text(self.args.data)
         # The model writes two texts: questions never stand in the one that gates were trained on.
         seed = self.args.seed if name == "own for training" else self.args.seed + 1
         return train.model_writes(self.model, self.text, self.config.haystack_tokens, seed)
 
     @functools.cache
     def haystack(self, name):
-        return train.make_haystack(self.prose(name), name)
+        source = dict(data=self.args.data, books=self.args.books).get(name)     # for the error
+        return train.make_haystack(self.prose(name), source)
 
     @functools.cache
     def documents(self, task, length=None, text="data", depth=None):
         """At least --cases questions of a task (prose: an eighth as many passages)."""
+        # Seeded by what is asked for: the same documents in every run and for every policy.
         rng = random.Random(f"{self.args.seed}/{text}/{task}/{length}/{depth}")
         length = length or self.args.length
-        wanted = max(4, self.args.cases // 8) if task == "prose" else self.args.cases
+        wanted = self.args.cases
+        if task == "prose":
+            wanted = max(4, wanted // 8)
         found, count = [], 0
         with progress(wanted, f"{task} to be asked", "questions") as bar:
             while count < wanted:
@@ -574,7 +581,7 @@ def cost_of(gates, model):
     else:
         times = bench.in_turn(7, model.device, gate=run)["gate"]
     parameters = sum(int((p != 0).sum()) for p in gates.parameters())
-    return dict(parameters=parameters, gate_ms=1e3 * bench.median(times))
+    return dict(parameters=parameters, gate_ms=1e3 * statistics.median(times))
 
 
 def by_head(x):
@@ -624,8 +631,8 @@ def heads_of(model, text, gates):
 
 ITEMS = {1: sparsity, 2: grace_period, 3: simpler_policies, 4: by_task, 5: by_domain, 6: by_width,
          7: by_head}
-TRAINS = (1, 2, 3, 5, 6)        # those that train their own gates
-MUST_TRAIN = (2, 5, 6)          # those that cannot do with given ones
+GIVEN_GATES = (4, 7, "summary")     # these measure given gates, the others train their own
+MUST_TRAIN = (2, 5, 6)              # these compare trainings: --gates does not go with them
 
 
 def summary(x):
