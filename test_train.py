@@ -266,7 +266,7 @@ def test_samples_are_stretches_of_one_document(tiny):
         recipe = train.Recipe(seq_len=(256, 512), chat=chat)
         draw, held = train.split_text(documents, text, recipe, "x")
         turn = [dict(role="user", content=f"Please analyze and summarize the following text:\n\n{documents[4]}")]
-        head = text.encode(text.chat(turn).partition(documents[4])[0]) if chat else text.begin
+        head = text.encode(text.chat(turn).partition(documents[4])[0], control=True) if chat else text.begin
         seen = {}
         for n in range(60):
             for length, source in ((256, draw), (512, draw), (256, held)):

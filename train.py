@@ -188,7 +188,8 @@ def split_text(documents, text, recipe, source):
     """
     head = text.begin
     if recipe.chat:
-        head = text.encode(text.chat([dict(role="user", content=INSTRUCTION + MARK)]).partition(MARK)[0])
+        chat = text.chat([dict(role="user", content=INSTRUCTION + MARK)])
+        head = text.encode(chat.partition(MARK)[0], control=True)           # the template's own tokens
     bar = tqdm(documents, desc="tokens of the text", unit=" documents", delay=1, leave=False)
     ids = sorted((torch.tensor(text.encode(d, begin=False), dtype=torch.int32) for d in bar), key=len)
     shortest, longest = min(recipe.seq_len) - len(head), max(recipe.seq_len) - len(head)
@@ -486,7 +487,7 @@ def evaluate(model, text, make_kv, documents, batch=8, progress=lambda documents
             asked = [d.questions[n % len(d.questions)] for d in group]
             branch = kv.clone()
             hidden = prefill(model, branch, [text.encode(question, begin=False) for question, _ in asked])
-            steps = max(len(text.encode(answer, begin=False)) for _, answer in asked)
+            steps = max(len(text.encode(answer, begin=False, control=True)) for _, answer in asked)
             said = [[] for _ in group]
             for ids in decode(model, branch, hidden, steps, text.end):
                 for row, token in zip(said, ids):

@@ -187,7 +187,8 @@ def rank_heads(model, text, documents, window):
     far = 0
     for d in documents:
         body = text.encode(d.body)
-        asked = text.encode("".join(q + answer for q, answer in d.questions), begin=False)
+        said = "".join(question + answer for question, answer in d.questions)
+        asked = text.encode(said, begin=False, control=True)                    # with END
         mass = attention_mass(model, body + asked, last=len(asked))             # (L, Hkv, S)
         outside = max(1, len(body) - window)
         far = far + mass[:, :, :outside].sum(dim=-1)                            # (L, Hkv)
