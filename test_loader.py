@@ -1,5 +1,6 @@
 """The model and its loader: parity with transformers, RoPE, good and bad folders, hostile input."""
 import contextlib
+import copy
 import fnmatch
 import json
 import math
@@ -736,7 +737,7 @@ def spoil_json(value, rng):
     if isinstance(value[key], (dict, list)) and rng.random() < 0.8:
         spoil_json(value[key], rng)
     elif isinstance(value, list) or rng.random() < 0.8:
-        value[key] = rng.choice(NASTY)
+        value[key] = copy.deepcopy(rng.choice(NASTY))   # it may be spoilt in its turn
     elif rng.random() < 0.5:
         value[rng.choice(("", "x", "\n\x1b", "model.norm.weight", "norm.weight"))] = value.pop(key)
     else:
