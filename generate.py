@@ -15,6 +15,7 @@ loop that every language model runs, start at `prefill` and `decode`.
 import argparse
 import base64
 import codecs
+import contextlib
 import datetime
 import functools
 import json
@@ -30,7 +31,8 @@ from tokenizers import AddedToken, Tokenizer, decoders
 
 from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
                     drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    read_json, read_text, reading, real, run_program, say, whole, write_text)
+                    quoted, read_json, read_text, reading, real, run_program, say, whole,
+                    write_text)
 from model import Llama, find_folder
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission
 
@@ -78,7 +80,7 @@ class Text:
         self.plain.pre_tokenizer = self.tokenizer.pre_tokenizer
         self.special = set()        # ids that decode leaves out
         self.names = {}             # "<|end|>" -> its secret name
-        self.ids = {}               # id in self.plain -> id in self.tokenizer, for added tokens
+        self.own_ids = {}           # id in self.plain -> id in self.tokenizer, where they differ
         for token_id, token in sorted(self.tokenizer.get_added_tokens_decoder().items()):
             name = token.content
             if token.special:
@@ -92,7 +94,7 @@ class Text:
             self.plain.add_tokens([AddedToken(
                 name, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
                 normalized=token.normalized and not control)])
-            self.ids[self.plain.token_to_id(name)] = token_id
+            self.own_ids[self.plain.token_to_id(name)] = token_id
         # Control tokens that the vocabulary itself can spell, which is rare (Unigram models).
         self.spelled = {self.plain.token_to_id(string): string for string in self.names}
         self.spelled.pop(None, None)
@@ -129,7 +131,7 @@ class Text:
             if self.spelled[token] in text:
                 raise UserError(f"{self.file} cannot encode {self.spelled[token]} as text: it "
                                 "always becomes the control token")
-        return [self.ids.get(token, token) for token in ids]
+        return [self.own_ids.get(token, token) for token in ids]
 
     def decode(self, ids):
         """The text of ids, without special tokens."""
@@ -169,8 +171,9 @@ class Text:
         settings = read_json(os.path.join(self.folder, "tokenizer_config.json"), required=False)
         source = settings.get("chat_template")
         if isinstance(source, list):        # several, by name
-            named = {entry.get("name"): entry for entry in source if isinstance(entry, dict)}
-            source = named.get("default", {}).get("template")
+            named = [entry for entry in source if isinstance(entry, dict)]
+            source = [entry.get("template") for entry in named if entry.get("name") == "default"]
+            source = source[0] if source else None
         file = os.path.join(self.folder, "chat_template.jinja")
         if os.path.lexists(file):
             source = read_text(file)
@@ -213,28 +216,34 @@ class Text:
         (a template may render it differently, for instance without a reply's thoughts).
         last: the last id of the reply before this turn, which is not in the cache yet.
 
-        The template is rendered twice, with the user's text and with a mark in its place. If it
-        only inserts what it is given, we know which part of the result is the user's text.
         """
-        core = content.strip()      # its spaces stay: a template may trim them
+        text = self.insert(content, replies)
+        if last is None:
+            return self.with_begin(self.encode_named(text))
+        # A reply that the model has ended is not ended twice: the template's end token stands for
+        # the model's own, together with what the template prints before it (Llama 2: a space).
+        ends = [name for string, name in self.names.items()
+                if self.tokenizer.token_to_id(string) in self.end]
+        if last in self.end and text.lstrip().startswith(tuple(ends)):
+            return self.encode_named(text.lstrip())
+        return [last] + self.encode_named(text)
+
+    def insert(self, content, replies):
+        """The text of a user's turn, with secret names for the template's own control tokens only.
+
+        We render the template twice, with the user's text and with a mark in its place. If it only
+        inserts what it is given, we know which part of the result is the user's text.
+        """
+        core = content.strip()      # the spaces around it stay: the template may trim them
         marked = self.render_turn(content.replace(core, USER, 1), replies)
         complete = self.render_turn(content, replies)
         if marked.replace(USER, core) == complete:
-            named = self.with_names(marked).replace(USER, core)
-        else:
-            found = self.control_strings.search(content)
-            if found:
-                raise UserError(f"{self.folder}: the chat template changes the texts it is given, "
-                                f"so they must not contain the control token {found[0]}")
-            named = self.with_names(complete)
-        if last is None:
-            return self.with_begin(self.encode_named(named))
-        # A reply that the model has ended is not ended twice: the template's end token stands
-        # for the model's own, with what the template prints before it (Llama 2: a space).
-        end_names = [self.names.get(self.tokenizer.id_to_token(token), "\0") for token in self.end]
-        if last in self.end and named.lstrip().startswith(tuple(end_names)):
-            return self.encode_named(named.lstrip())
-        return [last] + self.encode_named(named)
+            return self.with_names(marked).replace(USER, core)
+        found = self.control_strings.search(content)
+        if found:
+            raise UserError(f"{self.folder}: the chat template changes the texts it is given, so "
+                            f"they must not contain the control token {found[0]}")
+        return self.with_names(complete)
 
     def render_turn(self, content, replies):
         """What a user's turn adds to the rendered text of a conversation with so many replies."""
@@ -435,7 +444,9 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     pending = [HostCopy(loop.token)]        # ids on their way to the host, oldest first
     ended = [False] * len(hidden)
     started = 0
-    with kv.reserve(steps):
+    # A CPU can make room step by step; set aside at once, `steps` may be more than memory holds.
+    room = kv.reserve(steps) if kv.capturable else contextlib.nullcontext()
+    with room:
         while pending or started < steps - 1:
             while started < steps - 1 and len(pending) <= ahead:
                 loop.run()
@@ -606,7 +617,7 @@ def parse(argv):
                        help="admit where a gate is at least T (default: as the gate file says)")
     group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
     group.add_argument("--chunk", type=whole(1), default=4096, metavar="N",
-                       help="prefill so many tokens at once; fewer need less memory (default: 4096)")
+                       help="prefill N tokens at once; fewer need less memory (default: 4096)")
     group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=whole(1, 10**6), default=128, metavar="N",
                        help="stop after so many tokens (default: 128)")
@@ -636,14 +647,14 @@ def admission_rule(text):
         return real(0, 1)(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError("should be gates, all, none or a share from 0 to 1, it is "
-                                         f"{text!r}") from None
+                                         f"{quoted(text)}") from None
 
 
 def sane_temperature(text):
     """The type of --temperature: dividing by almost nothing would give infinite logits."""
     value = real(0)(text)
     if 0 < value < 0.01:
-        raise argparse.ArgumentTypeError(f"should be 0 or at least 0.01, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"should be 0 or at least 0.01, it is {quoted(text)}")
     return value
 
 
