@@ -1,70 +1,363 @@
-"""tasks.py and train.py (a part of test_programs.py)."""
-import functools
-import io
+"""tiny/tasks.py and train.py (a part of test_programs.py)."""
 import itertools
 import json
 import math
 import os
 import random
-import re
+import resource
 import signal
+import stat
 import subprocess
 import sys
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")    # before triton is imported
+# Before triton is imported: without a GPU its kernels run in an interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-import bench
 import generate
-import model as M
 import train
-import wgkv
-from generate import Text, TextStream, kept_page, sampler
-from model import Config, Llama, UserError, rotate
+from common import HERE, UserError, run_program
+from model import SINGLE, Llama
+from test_generate import STORY, TINY_FOLDER, copy_text_files, prompt, tiny  # noqa: F401
+from test_loader import make_folder, write_config
+from test_wgkv import Bomb, official, refused
 from tiny import tasks
 from tiny.make import ANSWER_WEIGHT, Documents, Sentences
-from wgkv import (GATE_FLOOR, P, DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost,
-                  dense_attention, visible_mask)
+from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, SoftAttention
 
-torch.set_num_threads(1)                   # most things here are small: threads would only wait for each other
-TAU, CPU = 0.1, torch.device("cpu")
-RATES = (0, 0.03, 0.3, 0.9, 1)
+torch.set_num_threads(1)    # most things here are small: threads would only wait for each other
 
 
-# ------------------------------------------------------------------------------------------------- tasks and training
+# ------------------------------------------------------------------------------------ tiny/tasks.py
 
 def test_documents_come_from_their_seed_and_hold_their_answers(tiny):
-    """A document whose answer is not in its text, or whose answer's tokens are marked wrongly, teaches nonsense."""
+    """A document whose answer is not in its text, or whose answer's tokens are marked wrongly."""
     _, text = tiny
+    encode = text.tokenizer.encode
     haystack = tasks.Haystack(STORY * 3)
     for task, tokens in itertools.product(tasks.MAKERS, (256, 1024)):
-        one, two = (tasks.make(task, haystack, tokens, text.tokenizer.encode, random.Random(7)) for _ in range(2))
-        document, ids, answer = one
-        assert one == two and len(ids) <= tokens and text.tokenizer.encode(document.text).ids == ids
-        marked = text.tokenizer.decode([i for i, a in zip(ids, answer) if a], skip_special_tokens=False)
-        assert marked == "".join(a for _, a in document.questions)
-        for question, said in document.questions:
-            assert tasks.correct(task, said, said) == 1 and tasks.correct(task, said, " No idea.") < 0.2
-            value = said.removesuffix(tasks.END).rstrip(".").split()[-1]
-            assert value in document.body and question.startswith("\n\n")
+        made = tasks.make(task, haystack, tokens, encode, random.Random(7))
+        assert made == tasks.make(task, haystack, tokens, encode, random.Random(7))
 
+        document, ids, in_answer = made
+        assert len(ids) <= tokens
+        assert encode(document.text).ids == ids
+        marked = [i for i, a in zip(ids, in_answer) if a]
+        answers = "".join(answer for _, answer in document.questions)
+        assert text.tokenizer.decode(marked, skip_special_tokens=False) == answers
+        for question, answer in document.questions:
+            assert question.startswith("\n\n")
+            assert tasks.correct(task, answer, answer) == 1
+            assert tasks.correct(task, answer, " No idea.") < 0.2
+            value = answer.removesuffix(tasks.END).rstrip(".").split()[-1]
+            assert value in document.body
+
+
+def test_documents_sentence_by_sentence(tiny):
+    """make.py's faster way to tokens: other tokens, or an answer's tokens taken for prose."""
+    tokenizer = tiny[1].tokenizer
+    haystack = tasks.Haystack(STORY)
+    encode = Sentences(tokenizer, haystack)
+    for n, task in enumerate([*tasks.MAKERS] * 4):
+        _, *want = tasks.make(task, haystack, 400, tokenizer.encode, random.Random(n))
+        _, *got = tasks.make(task, haystack, 400, encode, random.Random(n))
+        assert got == want, task
+    assert len(encode.known) > 50
+
+
+def test_documents_of_many_lengths(tiny):
+    """One length for a range of them; padding that counts; targets that are not the next tokens."""
+    tokenizer = tiny[1].tokenizer
+    haystack = tasks.Haystack(STORY)
+    documents = Documents(haystack, tokenizer.encode, 100, 400, 12, seed=0, mix="asked")
+    ids, targets, weights = next(iter(documents))
+    assert ids.shape == targets.shape == weights.shape == (12, 400)
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    lengths = (weights > 0).sum(dim=1)
+    assert lengths.min() < 200 and lengths.max() > 300 and len(set(lengths.tolist())) > 6
+    for sample, weight, n in zip(targets, weights, lengths.tolist()):
+        assert weight[:n].all() and not weight[n:].any() and not sample[n:].any()
+        assert set(weight[:n].tolist()) <= {1.0, ANSWER_WEIGHT}
+        assert "\n\nWh" not in tokenizer.decode(sample[weight > 1].tolist())
+    assert (weights == ANSWER_WEIGHT).any(dim=1).sum() >= 6
+
+
+# ------------------------------------------------------------------------------ the loss and a step
+
+def sample_of(ids):
+    """A training sample whose tokens weigh 1 each."""
+    return torch.tensor(ids), torch.ones(len(ids))
+
+
+def gates_for(model, bias=None):
+    """New gates of seed 0 with a window of 16; bias: of their outputs."""
+    torch.manual_seed(0)
+    gates = Gates.for_model(model, window=16)
+    if bias is not None:
+        with torch.no_grad():
+            for gate in gates.layers:
+                gate.b2.fill_(bias)
+    return gates
+
+
+def train_on(model, gates, config, make_sample, **options):
+    """train.train with its own samples and a plain AdamW."""
+    optimizer = torch.optim.AdamW(gates.parameters())
+    return train.train(model, gates, optimizer, train.Samples(make_sample, config), config,
+                       **options)
+
+
+@pytest.mark.parametrize("lam, bias, sign", [(5.0, 1.0, -1), (0.0, -3.0, 1)])
+def test_training_lowers_what_it_is_asked_to_lower(lam, bias, sign, tiny):
+    """Gates that do not close when lambda is large, or do not open where keys are missed."""
+    model, text = tiny
+    ids = text.encode(STORY)[:300]
+    gates = gates_for(model, bias)
+
+    def mean_gate():
+        with torch.no_grad():
+            return train.distill(model, gates, [sample_of(ids)]).gates[0].mean().item()
+
+    before = mean_gate()
+    config = train.TrainConfig(lr=3e-3, steps=8, tokens_per_step=300, seq_len=(300,), lam=lam)
+    assert train_on(model, gates, config, lambda rng, n: sample_of(ids)) == (8, None)
+    assert sign * (mean_gate() - before) > 0.01
+
+
+def test_checkpointed_layers_give_the_same_gradients(tiny):
+    """Gates of a layer's second run in the place of the first's; a gradient that gets lost."""
+    model, text = tiny
+    ids = text.encode(STORY)[:300]
+    found = []
+    for checkpoint in (False, True):
+        gates = gates_for(model)
+        losses = train.distill(model, gates, [sample_of(ids)], checkpoint)
+        (losses.distill + losses.sparsity).backward()
+        found.append([p.grad for p in gates.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed) and plain.any()
+
+
+def test_the_second_run_of_a_layer_leaves_nothing_behind(tiny):
+    """Gates of the second run kept, and all that led to them: the memory of all layers at once."""
+    model, text = tiny
+    gates = Gates.for_model(model, window=16)
+    student = SoftAttention(gates, model.device)
+    hidden = model(torch.tensor([text.encode(STORY)[:100]]), student, checkpoint=True)
+    first = dict(student.g)
+    (hidden.sum() + sum(g.sum() for g in first.values())).backward()
+    assert len(first) == model.config.num_layers
+    assert all(student.g[layer] is g for layer, g in first.items())
+
+
+FIGURES = ("grad_norm", "loss", "distill_loss", "hard_distill_loss", "sparsity_loss", "admitted")
+
+
+def test_a_step_is_the_mean_of_its_samples(tiny):
+    """Gradients that grow with the samples of a step: AdamW hides it, weight decay does not."""
+    model, text = tiny
+    ids = text.encode(STORY)[:256]
+    lines = []
+    for count in (1, 3):
+        config = train.TrainConfig(steps=1, tokens_per_step=256 * count, seq_len=(256,))
+        train_on(model, gates_for(model), config, lambda rng, n: sample_of(ids), log=lines.append)
+    for key in FIGURES:
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4)
+
+
+def test_micro_batches(tiny):
+    """Padding that is seen, or that counts; a smaller last micro-batch that counts as much."""
+    model, text = tiny
+    ids = text.encode(STORY)
+    config = train.TrainConfig(steps=1, tokens_per_step=3 * 256, seq_len=(256,))
+
+    def sample(rng, length):
+        return sample_of(ids[:rng.randint(60, 256)])
+
+    lines = []
+    trained = []
+    for count in (1, 2, 3):
+        gates = gates_for(model)
+        train_on(model, gates, config, sample, micro_batches={256: (count, False)},
+                 log=lines.append)
+        trained.append(torch.cat([p.detach().flatten() for p in gates.parameters()]))
+    for other in (1, 2):
+        for key in FIGURES:
+            assert lines[0][key] == pytest.approx(lines[other][key], rel=1e-4)
+        torch.testing.assert_close(trained[0], trained[other], rtol=1e-4, atol=1e-5)
+
+
+def test_answers_weigh_more(tiny):
+    """A weight on wrong tokens, lost among padding, or one that changes the size of the loss."""
+    model, text = tiny
+    config = train.TrainConfig(answer_weight=7.0, tasks="asked")
+    make_sample = train.task_samples(tasks.Haystack(STORY), text.tokenizer.encode, config)
+    ids, weights = make_sample(random.Random(1), 400)
+    assert set(weights.tolist()) == {1.0, 7.0}
+    assert "." in text.decode(ids[weights == 7].tolist())
+
+    gates = gates_for(model, bias=-3.0)
+    other = sample_of(ids[:300].tolist())
+    with torch.no_grad():
+        student = model(ids[None], SoftAttention(gates, model.device))[0]
+        teacher = model(ids[None])[0]
+        errors = [(a - b).square().mean() for a, b in zip(student, teacher)]
+        wanted = sum(w * e for w, e in zip(weights, errors)) / weights.sum()
+        alone = train.distill(model, gates, [(ids, weights)]).distill
+        other_alone = train.distill(model, gates, [other]).distill
+        together = train.distill(model, gates, [(ids, weights), other]).distill
+    assert alone == pytest.approx(wanted.item(), rel=1e-4)
+    assert together == pytest.approx((alone + other_alone).item() / 2, rel=1e-4)
+
+
+# ----------------------------------------------------------------------- schedule and training text
+
+def test_the_schedule_of_the_paper_and_others():
+    """Lengths in wrong shares; a sample used twice or left out; a step of too few tokens."""
+    lengths = [length for length, _, _ in train.schedule(train.PAPER)]
+    assert [lengths.count(n) for n in train.PAPER.seq_len] == [4000, 2000, 1000, 500]
+    assert lengths[:100] != sorted(lengths[:100])
+
+    odd = train.TrainConfig(seq_len=(300, 700, 1000), tokens_per_step=2500, steps=77)
+    for config in (train.PAPER, train.BUNDLED, odd):
+        steps = train.schedule(config)
+        assert len(steps) == config.steps
+        samples = 0
+        for length, first, count in steps:
+            assert first == samples
+            assert config.tokens_per_step <= count * length < config.tokens_per_step + length
+            samples += count
+    per_length = {n: sum(count for length, _, count in steps if length == n) for n in odd.seq_len}
+    assert per_length[300] / per_length[700] == pytest.approx(7 / 3, rel=0.15)
+
+    rates = [train.learning_rate(train.PAPER, step) for step in range(7500)]
+    assert max(rates) == rates[749] == 1e-3
+    assert rates[0] == pytest.approx(1e-3 / 750) and 0 < rates[-1] < 1e-9
+    assert rates[4125] == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("chat", (False, True))
+def test_samples_are_stretches_of_one_document(chat, tiny):
+    """Text joined across documents; ends that never come up; held-out text that is trained on."""
+    _, text = tiny
+    rng = random.Random(0)
+    words = STORY.split()
+    documents = [" ".join(rng.choices(words, k=n)) for n in (50, 300, 400, 500, 900)]
+    ids = [text.encode(document, begin=False) for document in documents]
+    head = text.begin
+    if chat:
+        intro = "Please analyze and summarize the following text:\n\n"
+        turn = text.chat([dict(role="user", content=intro + documents[4])])
+        head = text.encode(turn.partition(documents[4])[0], control=True)
+        assert len(head) > 5 and head[:1] == text.begin
+
+    config = train.TrainConfig(seq_len=(256, 512), chat=chat)
+    training, held_out = train.split_text(documents, text, config, "x")
+    places = {}
+    for n in range(60):
+        for length, samples in ((256, training), (512, training), (256, held_out)):
+            sample = samples(random.Random(n), length)[0].tolist()
+            assert len(sample) == length and sample[:len(head)] == head
+            place = find_stretch(sample[len(head):], ids)
+            places.setdefault((length, samples is held_out), set()).add(place)
+
+    used = {key: {document for document, _ in found} for key, found in places.items()}
+    long_enough = {i for i, document in enumerate(ids) if len(document) >= 256 - len(head)}
+    assert len(used[256, True]) == 1
+    assert not used[256, True] & (used[256, False] | used[512, False])
+    assert used[256, False] | used[256, True] == long_enough
+    assert max(used[512, False]) == 4
+    assert len(places[256, False]) > 50
+
+
+def find_stretch(body, documents):
+    """The only (document, start) where these ids stand."""
+    found = []
+    for i, document in enumerate(documents):
+        for start in range(len(document) - len(body) + 1):
+            if document[start:start + len(body)] == body:
+                found.append((i, start))
+    [place] = found
+    return place
+
+
+def test_the_end_of_an_only_document_is_held_out(tiny):
+    """Validation on text that was trained on."""
+    _, text = tiny
+    story = text.encode(STORY, begin=False)
+    training, held_out = train.split_text([STORY], text, train.TrainConfig(seq_len=(256,)), "x")
+
+    def starts(samples):
+        found = [samples(random.Random(n), 256)[0].tolist()[1:] for n in range(50)]
+        return [find_stretch(body, [story])[1] for body in found]
+
+    assert max(starts(training)) + 255 <= min(starts(held_out))
+
+
+def test_special_tokens_in_a_text_are_text(tiny):
+    """A text that ends the model's turn because it has "<|end|>" in it."""
+    _, text = tiny
+    config = train.TrainConfig(seq_len=(256,))
+    samples, _ = train.split_text([STORY[:3000] + tasks.END + STORY], text, config, "x")
+    end = min(text.end)
+    for n in range(100):
+        assert end not in samples(random.Random(n), 256)[0].tolist()
+
+
+def test_which_files_are_read(tmp_path, capsys):
+    """A document lost in a subfolder or a last line; a line cut at U+2028; other files read.
+
+    And a folder, a dangling link or a named pipe, which refused all of it or never ended.
+    """
+    (tmp_path / "b" / "c.txt").mkdir(parents=True)
+    lines = ['{"text": "two\u2028lines", "id": 7}', "", '{"text": " "}', '{"text": "three"}']
+    (tmp_path / "b" / "c.txt" / "2.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.txt").write_text("one\n")
+    (tmp_path / "b" / "x.bin").write_bytes(b"\xff")
+    assert train.read_documents(tmp_path) == ["one\n", "two\u2028lines", "three"]
+    assert train.read_documents(tmp_path / "1.txt") == ["one\n"]
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert train.read_documents(tmp_path) == ["one\n", "two\u2028lines", "three"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "2 in all" in err and "dangling.txt" in err
+    refused(lambda: train.read_documents(tmp_path / "pipe.jsonl"), "pipe.jsonl", "regular file")
+    refused(lambda: train.read_documents(tmp_path / "dangling.txt"), "dangling.txt")
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    """A mark that the model learns to see at the beginning of documents."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n{"text": "\\ufeffthree"}')
+    assert train.read_documents(tmp_path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("line", ("{", '{"body": "x"}', '["text"]', '{"text": 3}', "7", "null",
+                                  '{"text": "half \\ud800 a pair"}', "[" * 100_000), ids=range(8))
+def test_broken_lines_are_named(line, tmp_path):
+    """A traceback, or a document that the tokenizer cannot take, hours after it was read."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line)
+    refused(lambda: train.read_documents(tmp_path), "bad.jsonl, line 2", '"text"')
+
+
+# --------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture
 def trainee(tmp_path):
-    """What main needs to train a small random model for six steps; its folder, its text and what it writes."""
-    model = make_folder(tmp_path, vocab_size=4096, max_position_embeddings=1024)
-    copy_text_files(model)
-    (tmp_path / "story.txt").write_text(STORY)
-    return ["--model", str(model), "--data", str(tmp_path / "story.txt"), "--seq-len", "256,512", "--tokens-per-step",
-            "1024", "--steps", "6", "--window", "32", "--device", "cpu"]
+    """Options that train a small random model for six steps, but for --out."""
+    folder = make_folder(tmp_path, vocab_size=4096, max_position_embeddings=1024)
+    copy_text_files(folder)
+    story = tmp_path / "story.txt"
+    story.write_text(STORY)
+    return ["--model", str(folder), "--data", str(story), "--seq-len", "256,512",
+            "--tokens-per-step", "1024", "--steps", "6", "--window", "32", "--device", "cpu"]
 
 
 def same_gates(one, two, tolerance=0.0):
@@ -77,417 +370,470 @@ def read_log(path):
     return [json.loads(line) for line in Path(f"{path}.log.jsonl").read_text().splitlines()]
 
 
+def run_with_error(argv, status, capsys):
+    """Run train.py, which must end with this status; returns what it said."""
+    capsys.readouterr()
+    assert run_program(train.main, argv) == status
+    return capsys.readouterr().err
+
+
 def test_training_writes_gates_that_fit_and_repeat(tmp_path, capsys, monkeypatch, prompt):
-    """Two runs from one seed must give the same gates; --data must be used; the recipe must be in the file."""
+    """Two runs of one seed that differ; --data that is not used; a config that is nowhere kept."""
     monkeypatch.setattr(train, "final_table", lambda *a: print("table"))
-    common = ["--steps", "2", "--seq-len", "256", "--tokens-per-step", "512", "--device", "cpu", "--window", "32"]
+    example = str(TINY_FOLDER / "example.txt")
+    argv = ["--steps", "2", "--seq-len", "256", "--tokens-per-step", "512", "--device", "cpu",
+            "--window", "32", "--data", example]
     for n in (1, 2):
         out = str(tmp_path / f"{n}.safetensors")
-        assert train.main([*common, "--data", str(TINY_FOLDER / "example.txt"), "--out", out]) == 0
+        assert train.main([*argv, "--out", out]) == 0
     same_gates(tmp_path / "1.safetensors", out)
+
     printed, err = capsys.readouterr()
-    assert printed == "table\n" * 2 and "step 2/2, soft " in err and "hard " in err and "admitted " in err
-    recipe = json.loads(safe_open(out, "pt").metadata()["recipe"])
-    assert recipe == {**json.loads(json.dumps(vars(train.BUNDLED))), "steps": 2, "seq_len": [256],
-                      "tokens_per_step": 512, "window": 32}
-    assert f"recipe: {json.dumps(recipe)}\n" in err and "memory: weights 0.03 GiB" in err
-    assert generate.main(["--prompt", prompt, "--gates", out, "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert printed == "table\n" * 2
+    assert "memory: weights 0.03 GiB" in err and f"{out}.log.jsonl" in err
+    assert f"generate.py --model {TINY_FOLDER} --gates {out}" in err
+    wanted = {**json.loads(json.dumps(vars(train.BUNDLED))), "steps": 2, "seq_len": [256],
+              "tokens_per_step": 512, "window": 32}
+    written = [json.loads(value) for value in safe_open(out, "pt").metadata().values()
+               if value.startswith("{")]
+    assert written == [wanted]
+    assert f"config: {json.dumps(wanted)}\n" in err
+    assert generate.main(["--prompt", prompt, "--gates", out, "--max-new-tokens", "1",
+                          "--device", "cpu"]) == 0
 
 
 def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, capsys):
-    """A log that loses a step, or a validation whose shares by head or by size of g do not add up to the whole."""
+    """A log that loses a step; shares by head or by size of g that do not add up to the whole."""
     assert train.main([*trainee, "--out", str(tmp_path / "g")]) == 0
     *steps, last = read_log(tmp_path / "g")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    for line, hard in zip(steps, (True, False, False, False, False, True), strict=True):
-        assert abs(line["loss"] - line["soft"] - train.PAPER.lam * line["cost"]) < 1e-6
-        assert (line["hard"] is not None) == hard
-        assert line["seconds"] * line["tokens_per_s"] == pytest.approx(1024) and line["length"] in (256, 512)
-        assert 0 <= line["admitted"] <= 1 and line["gradient"] > 0
+    for line in steps:
+        sparsity = train.PAPER.lam * line["sparsity_loss"]
+        assert abs(line["loss"] - line["distill_loss"] - sparsity) < 1e-6
+        assert (line["hard_distill_loss"] is not None) == (line["step"] in (1, 6))
+        assert line["seconds"] * line["tokens_per_s"] == pytest.approx(1024)
+        assert line["seq_len"] in (256, 512)
+        assert 0 <= line["admitted"] <= 1 and line["grad_norm"] > 0
+
     v = last["validation"]
-    heads = torch.tensor(v["heads"])
+    heads = torch.tensor(v["admitted_by_head"])
     assert heads.shape == (2, 2) and heads.mean().item() == pytest.approx(v["admitted"])
-    assert v["samples"] == 16 and len(v["histogram"]) == 10 and sum(v["histogram"]) == pytest.approx(1)
-    assert v["admitted"] >= sum(v["histogram"][1:]) - 1e-6 and v["soft"] > 0 and v["hard"] >= 0
+    assert v["samples"] == 16
+    assert len(v["gate_histogram"]) == 10 and sum(v["gate_histogram"]) == pytest.approx(1)
+    assert v["admitted"] >= sum(v["gate_histogram"][1:]) - 1e-6
+    assert v["distill_loss"] > 0 and v["hard_distill_loss"] >= 0
     out, err = capsys.readouterr()
-    assert out == "" and "validation: soft " in err                    # no table: a random model recalls nothing
-    assert not (tmp_path / "g.resume").exists()
+    assert out == ""                            # no table: a random model recalls nothing
+    assert "validation: distill loss " in err
 
 
-def alike(ids):
-    """A sample of train.py whose tokens weigh 1 each."""
-    return torch.tensor(ids), torch.ones(len(ids))
-
-
-def test_training_lowers_what_it_is_asked_to_lower(tiny):
-    """With lambda large the gates close; with lambda 0 and closed gates they open where keys are missed."""
-    model, text = tiny
-    ids = text.encode(STORY)[:300]
-    for lam, closed, sign in ((5.0, False, -1), (0.0, True, 1)):
-        torch.manual_seed(0)
-        gates = Gates.for_model(model, window=16)
-        with torch.no_grad():
-            for gate in gates.layers:
-                gate.b2.fill_(-3.0 if closed else 1.0)
-        def mean_gate():
-            with torch.no_grad():
-                return train.distill(model, gates, [alike(ids)])[3][0].mean().item()
-        before = mean_gate()
-        recipe = train.Recipe(lr=3e-3, steps=8, tokens_per_step=300, seq_len=(300,), lam=lam)
-        samples, optimizer = train.Samples(lambda rng, n: alike(ids), recipe), torch.optim.AdamW(gates.parameters())
-        assert train.train(model, gates, optimizer, samples, recipe) == (8, None)
-        assert sign * (mean_gate() - before) > 0.01
-
-
-def test_checkpointed_layers_give_the_same_gradients(tiny):
-    """Gates of the second run of a layer in the place of the first's; a gradient that does not get through."""
-    model, text = tiny
-    ids, found = text.encode(STORY)[:300], []
-    for checkpoint in (False, True):
-        torch.manual_seed(0)
-        gates = Gates.for_model(model, window=16)
-        soft, _, cost, _ = train.distill(model, gates, [alike(ids)], checkpoint)
-        (soft + cost).backward()
-        found.append([p.grad for p in gates.parameters()])
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
-
-
-def test_the_second_run_of_a_layer_leaves_nothing_behind(tiny):
-    """Gates of the second run kept, and with them all that led to them: twice the memory, of all layers at once."""
-    model, text = tiny
-    gates, ids = Gates.for_model(model, window=16), torch.tensor([text.encode(STORY)[:100]])
-    student = SoftAttention(gates, model.device)
-    hidden = model(ids, student, checkpoint=True)
-    first = dict(student.g)
-    (hidden.sum() + sum(g.sum() for g in first.values())).backward()
-    assert len(first) == model.config.num_layers and all(student.g[layer] is g for layer, g in first.items())
-
-
-def test_a_step_is_the_mean_of_its_samples(tiny):
-    """Gradients that grow with the samples of a step: AdamW hides it, until it meets the weight decay or a log."""
-    model, text = tiny
-    ids, lines = text.encode(STORY)[:256], []
-    for rows in (1, 3):
-        torch.manual_seed(0)
-        gates = Gates.for_model(model, window=16)
-        recipe = train.Recipe(steps=1, tokens_per_step=256 * rows, seq_len=(256,))
-        samples, optimizer = train.Samples(lambda rng, n: alike(ids), recipe), torch.optim.AdamW(gates.parameters())
-        train.train(model, gates, optimizer, samples, recipe, log=lines.append)
-    for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
-        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4)
-
-
-def test_answers_weigh_more(tiny):
-    """A weight that lands on the wrong tokens, is lost among padding, or changes the size of the loss."""
-    model, text = tiny
-    haystack, recipe = tasks.Haystack(STORY), train.Recipe(answer_weight=7.0, tasks="asked")
-    ids, weights = train.task_samples(haystack, text.tokenizer.encode, recipe)(random.Random(1), 400)
-    assert set(weights.tolist()) == {1.0, 7.0} and "." in text.decode(ids[weights == 7].tolist())
-    gates = Gates.for_model(model, window=16)
-    with torch.no_grad():
-        for gate in gates.layers:
-            gate.b2.fill_(-3.0)
-        student, teacher = model(ids[None], SoftAttention(gates, model.device)), model(ids[None])
-        wanted = sum(w * (a - b).square().mean() for w, a, b in zip(weights, student[0], teacher[0])) / weights.sum()
-        soft = train.distill(model, gates, [(ids, weights)])[0]
-        both = train.distill(model, gates, [(ids, weights), alike(ids[:300].tolist())])[0]
-        other = train.distill(model, gates, [alike(ids[:300].tolist())])[0]
-    assert soft == pytest.approx(wanted.item(), rel=1e-4) and both == pytest.approx((soft + other).item() / 2, rel=1e-4)
-
-
-def test_samples_side_by_side(tiny):
-    """Padding that is seen, or that counts; a last, smaller group that weighs as much as the others."""
-    model, text = tiny
-    ids, lines, trained = text.encode(STORY), [], []
-    for at_once in (1, 2, 3):
-        torch.manual_seed(0)
-        gates = Gates.for_model(model, window=16)
-        recipe = train.Recipe(steps=1, tokens_per_step=3 * 256, seq_len=(256,))
-        samples = train.Samples(lambda rng, n: alike(ids[:rng.randint(60, 256)]), recipe)
-        train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, recipe, how={256: (at_once, False)},
-                    log=lines.append)
-        trained.append(torch.cat([p.detach().flatten() for p in gates.parameters()]))
-    for other in (1, 2):
-        for key in ("gradient", "loss", "soft", "hard", "cost", "admitted"):
-            assert lines[0][key] == pytest.approx(lines[other][key], rel=1e-4)
-        torch.testing.assert_close(trained[0], trained[other], rtol=1e-4, atol=1e-5)
-
-
-def test_the_plan_of_the_paper_and_others():
-    """Lengths in other shares than asked for; a sample used twice or left out; a step of too few tokens."""
-    lengths = [length for length, _, _ in train.plan(train.PAPER)]
-    assert [lengths.count(n) for n in train.PAPER.seq_len] == [4000, 2000, 1000, 500]
-    assert lengths[:100] != sorted(lengths[:100])
-    for recipe in (train.PAPER, train.BUNDLED, train.Recipe(seq_len=(300, 700, 1000), tokens_per_step=2500, steps=77)):
-        steps, samples = train.plan(recipe), 0
-        for length, first, rows in steps:
-            assert first == samples and recipe.tokens_per_step <= rows * length < recipe.tokens_per_step + length
-            samples += rows
-        assert len(steps) == recipe.steps
-    per_length = {n: sum(rows for length, _, rows in steps if length == n) for n in (300, 700, 1000)}
-    assert per_length[300] / per_length[700] == pytest.approx(7 / 3, rel=0.15)
-    rates = [train.learning_rate(train.PAPER, step) for step in range(7500)]
-    assert max(rates) == rates[749] == 1e-3 and rates[0] == pytest.approx(1e-3 / 750) and 0 < rates[-1] < 1e-9
-    assert rates[4125] == pytest.approx(5e-4)
-
-
-def test_documents_sentence_by_sentence(tiny):
-    """make.py's faster way to tokens: others than the tokenizer's, or an answer's tokens taken for prose."""
-    tokenizer, haystack = tiny[1].tokenizer, tasks.Haystack(STORY)
-    encode = Sentences(tokenizer, haystack)
-    for n, task in enumerate([*tasks.MAKERS] * 4):
-        _, *want = tasks.make(task, haystack, 400, tokenizer.encode, random.Random(n))
-        _, *got = tasks.make(task, haystack, 400, encode, random.Random(n))
-        assert got == want, task
-    assert len(encode.known) > 50
-
-
-def test_documents_of_many_lengths(tiny):
-    """One length for a stage that asks for a range; padding that counts; targets that are not the next tokens."""
-    tokenizer, haystack = tiny[1].tokenizer, tasks.Haystack(STORY)
-    rows = iter(Documents(haystack, tokenizer.encode, 100, 400, 12, seed=0, mix="asked"))
-    ids, targets, weights = next(rows)
-    assert ids.shape == targets.shape == weights.shape == (12, 400) and torch.equal(ids[:, 1:], targets[:, :-1])
-    lengths = (weights > 0).sum(dim=1)
-    assert lengths.min() < 200 and lengths.max() > 300 and len(set(lengths.tolist())) > 6
-    for row, weight, n in zip(targets, weights, lengths.tolist()):
-        assert weight[:n].all() and not weight[n:].any() and set(weight[:n].tolist()) <= {1.0, ANSWER_WEIGHT}
-        assert "\n\nWh" not in tokenizer.decode(row[weight > 1].tolist()) and not row[n:].any()
-    assert (weights == ANSWER_WEIGHT).any(dim=1).sum() >= 6
-
-
-def test_samples_are_stretches_of_one_document(tiny):
-    """Text joined across documents; ends that are never drawn; what is held out drawn in training; a lost template."""
-    _, text = tiny
-    words, rng = STORY.split(), random.Random(0)
-    documents = [" ".join(rng.choices(words, k=n)) for n in (50, 300, 400, 500, 900)]
-    ids = [text.encode(d, begin=False) for d in documents]
-    for chat in (False, True):
-        recipe = train.Recipe(seq_len=(256, 512), chat=chat)
-        draw, held = train.split_text(documents, text, recipe, "x")
-        turn = [dict(role="user", content=f"Please analyze and summarize the following text:\n\n{documents[4]}")]
-        head = text.encode(text.chat(turn).partition(documents[4])[0], control=True) if chat else text.begin
-        seen = {}
-        for n in range(60):
-            for length, source in ((256, draw), (512, draw), (256, held)):
-                sample = source(random.Random(n), length)[0].tolist()
-                assert len(sample) == length and sample[:len(head)] == head
-                body = sample[len(head):]
-                [place] = [(i, s) for i, d in enumerate(ids) for s in range(len(d) - len(body) + 1)
-                           if d[s] == body[0] and d[s:s + len(body)] == body]
-                seen.setdefault((length, source is held), set()).add(place)
-        used = {key: {i for i, _ in places} for key, places in seen.items()}
-        assert len(used[256, True]) == 1 and not used[256, True] & (used[256, False] | used[512, False])
-        assert used[256, False] | used[256, True] == {i for i, d in enumerate(ids) if len(d) >= 256 - len(head)}
-        assert max(i for i in used[512, False]) == 4 and len(seen[256, False]) > 50
-    draw, held = train.split_text([STORY], text, train.Recipe(seq_len=(256,)), "x")
-    story = text.encode(STORY, begin=False)
-    trained, kept_back = ([next(s for s in range(len(story)) if story[s:s + 255] == sample[1:])
-                           for sample in (source(random.Random(n), 256)[0].tolist() for n in range(50))]
-                          for source in (draw, held))
-    assert max(trained) + 255 <= min(kept_back)                        # the end of an only document is held out
-
-
-def test_which_files_are_read(tmp_path):
-    """A document lost, in a subfolder or a last line; a line of JSON cut at U+2028; another file taken for text."""
-    (tmp_path / "b" / "c").mkdir(parents=True)
-    (tmp_path / "b" / "c" / "2.jsonl").write_text('{"text": "two\u2028lines", "id": 7}\n\n{"text": " "}\n'
-                                                      '{"text": "three"}')
-    (tmp_path / "1.txt").write_text("one\n")
-    (tmp_path / "b" / "x.bin").write_bytes(b"\xff")
-    assert train.read_documents(tmp_path) == ["one\n", "two\u2028lines", "three"]
-    assert train.read_documents(tmp_path / "1.txt") == ["one\n"]
-    for line in ("{", '{"body": "x"}', '["text"]', '{"text": 3}', "7"):
-        (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line)
-        refused(lambda: train.read_documents(tmp_path / "bad.jsonl"), "bad.jsonl, line 2", '"text"')
+def test_what_a_run_leaves_behind(trainee, tmp_path):
+    """A .resume, .lock or .part after the end; gates that only their owner can read."""
+    before = set(os.listdir(tmp_path))
+    umask = os.umask(0o022)
+    try:
+        assert train.main([*trainee, "--out", str(tmp_path / "g"), "--save-every", "2"]) == 0
+    finally:
+        os.umask(umask)
+    assert set(os.listdir(tmp_path)) - before == {"g", "g.log.jsonl"}
+    for name in ("g", "g.log.jsonl"):
+        assert stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o644
 
 
 DIES = """
 import os, signal, sys, torch, train
-real, saved = torch.save, []
-def save(state, path):
-    real(state, path)
+real, saved = train.save_file, []
+def save(tensors, path, metadata):
+    real(tensors, path, metadata)
     saved.append(path)
     if len(saved) == 2:
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
+train.save_file = save
 train.main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_gates(trainee, tmp_path, monkeypatch, capsys):
-    """Killed while it saves, or stopped with Ctrl-C: half a file read, a sample drawn twice, AdamW begun anew."""
+def test_a_killed_run_continues_to_the_same_gates(trainee, tmp_path, capsys):
+    """Killed while it saves: half a file read, a sample used twice, AdamW begun anew."""
     assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
     out = str(tmp_path / "killed")
-    run = subprocess.run([sys.executable, "-c", DIES, *trainee, "--out", out, "--save-every", "2"], cwd=generate.HERE,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == -9, run.stderr
-    assert Path(f"{out}.resume.part").exists() and not Path(out).exists() and len(read_log(out)) == 4
-    capsys.readouterr()
-    assert train.main([*trainee, "--out", out, "--resume"]) == 0
-    assert "going on after step 2" in capsys.readouterr().err
-    same_gates(tmp_path / "whole", out)
+    run = subprocess.run([sys.executable, "-c", DIES, *trainee, "--out", out, "--save-every", "2"],
+                         cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert Path(f"{out}.resume.part").exists() and Path(f"{out}.lock").exists()
+    assert not Path(out).exists() and len(read_log(out)) == 4
 
-    out, log = str(tmp_path / "stopped"), train.write_log
+    err = run_with_error([*trainee, "--out", out, "--resume"], 0, capsys)
+    assert "continuing after step 2" in err
+    same_gates(tmp_path / "whole", out)
+    check_continued(tmp_path, "killed")
+
+
+def test_a_stopped_run_continues_to_the_same_gates(trainee, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of an update: gates of two steps, or a step that is taken twice."""
+    assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
+    out = str(tmp_path / "stopped")
+    log = train.RunFiles.log
+
+    def log_and_interrupt(self, figures):
+        log(self, figures)
+        if figures["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_log", lambda path, line: (
-            log(path, line), line["step"] == 2 and os.kill(os.getpid(), signal.SIGINT)))
-        assert train.main([*trainee, "--out", out]) == 130
-    assert "interrupted" in capsys.readouterr().err and Gates.load(out, Llama.from_pretrained(tmp_path)).window == 32
+        patch.setattr(train.RunFiles, "log", log_and_interrupt)
+        err = run_with_error([*trainee, "--out", out], 130, capsys)
+    assert "interrupted" in err
+    assert Gates.load(out, Llama.from_pretrained(tmp_path)).window == 32
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
     assert train.main([*trainee, "--out", out, "--resume"]) == 0
     same_gates(tmp_path / "whole", out)
-    for name in ("killed", "stopped"):
-        lines = read_log(tmp_path / name)
-        assert [line.get("step") for line in lines] == [1, 2, 3, 4, 5, 6, None]
-        assert not (tmp_path / f"{name}.resume").exists()
+    check_continued(tmp_path, "stopped")
 
 
-def test_what_resume_refuses(trainee, tmp_path, monkeypatch, capsys):
-    """Gates that go on with another model, other text or other settings, or from a file that runs when it is read."""
-    out = str(tmp_path / "g")
+def check_continued(folder, name):
+    """The log of a continued run has each step once, and none of its other files is left."""
+    assert [line.get("step") for line in read_log(folder / name)] == [1, 2, 3, 4, 5, 6, None]
+    assert {path.name for path in folder.glob(f"{name}*")} == {name, f"{name}.log.jsonl"}
+
+
+@pytest.fixture
+def unfinished(trainee, tmp_path, monkeypatch):
+    """Options that resume a run which was interrupted at its end; its state is in g.resume."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    argv = [*trainee, "--out", str(tmp_path / "g"), "--save-every", "5"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", lambda *a: exec("raise KeyboardInterrupt"))
-        assert generate.run_program(train.main, [*trainee, "--out", out, "--save-every", "5"]) == 130
-    kept = Path(f"{out}.resume").read_bytes()
+        patch.setattr(train, "validate", interrupt)
+        assert run_program(train.main, argv) == 130
+    return [*argv, "--resume"]
 
-    def refuse(changes, *words):
-        capsys.readouterr()
-        assert generate.run_program(train.main, [*trainee, "--out", out, "--resume", *changes]) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and all(w in err for w in ("g.resume", *words)), err
+
+def test_another_run_is_not_resumed(unfinished, tmp_path, capsys):
+    """Gates that continue with another model, other text or other settings."""
+    def refuse(options, *words):
+        err = run_with_error([*unfinished, *options], 2, capsys)
+        assert err.count("\n") == 1 and all(word in err for word in ("g.resume", *words)), err
 
     (tmp_path / "other.txt").write_text(STORY.replace("a", "e"))
     refuse(["--lam", "0.3"], f"lam {train.PAPER.lam} there, 0.3 here")
-    refuse(["--steps", "7", "--seed", "1"], "steps 6 there, 7 here, seed 0 there, 1 here")
+    refuse(["--steps", "7", "--seed", "1"], "steps 6 there, 7 here", "seed 0 there, 1 here")
     refuse(["--data", str(tmp_path / "other.txt")], "data ")
-    weights = load_file(tmp_path / M.SINGLE)
-    save_file({n: -t for n, t in weights.items()}, tmp_path / M.SINGLE)
+    weights = load_file(tmp_path / SINGLE)
+    save_file({name: -t for name, t in weights.items()}, tmp_path / SINGLE)
     refuse([], "model ")
-    save_file(weights, tmp_path / M.SINGLE)
-    for content in (kept[:1000], b"", b"garbage"):
-        Path(f"{out}.resume").write_bytes(content)
-        refuse([], "cannot be read")
-    for content in ({}, [1], Bomb(tmp_path / "exploded")):
-        torch.save(content, f"{out}.resume")
-        refuse([], "cannot be read")
+    save_file(weights, tmp_path / SINGLE)
+    assert train.main(unfinished) == 0
+
+
+def test_a_broken_resume_file_is_refused(unfinished, tmp_path, capsys):
+    """A cut file, a pickle that runs, other tensors: a traceback, or steps taken with them."""
+    path = tmp_path / "g.resume"
+    good = path.read_bytes()
+    tensors = {name: t.clone() for name, t in load_file(path).items()}      # not mapped to the file
+    metadata = safe_open(path, "pt").metadata()
+
+    def refuse(*words):
+        err = run_with_error(unfinished, 2, capsys)
+        assert err.count("\n") == 1 and all(word in err for word in ("g.resume", *words)), err
+
+    for content in (b"", b"garbage", good[:1000], good[:-4]):
+        path.write_bytes(content)
+        refuse("cannot be read")
+    sparse = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), [1.0], (2**30, 2**30),
+                                     check_invariants=True)
+    for content in ({}, {"gates": sparse}, Bomb(tmp_path / "exploded")):
+        torch.save(content, path)
+        refuse("cannot be read")
     assert not (tmp_path / "exploded").exists()
-    Path(f"{out}.resume").write_bytes(kept)
-    assert train.main([*trainee, "--out", out, "--resume"]) == 0
+
+    name = "layers.0.w1.exp_avg"
+    for wrong in (tensors[name][:1], tensors[name].half(), torch.zeros(2**20)):
+        save_file({**tensors, name: wrong.contiguous()}, path, metadata)
+        refuse("cannot be read", name, str(tuple(tensors[name].shape)))
+    save_file({key: t for key, t in tensors.items() if key != name}, path, metadata)
+    refuse("cannot be read", name)
+    for change in (dict(done="7"), dict(done="0"), dict(done="x"), dict(settings="[" * 10_000),
+                   dict(settings="[]")):
+        save_file(tensors, path, {**metadata, **change})
+        refuse()
+    save_file(tensors, path)
+    refuse("cannot be read")
+    path.unlink()
+    os.mkfifo(path)
+    refuse("regular file")
+
+    path.unlink()
+    path.write_bytes(good)
+    assert train.main(unfinished) == 0
 
 
 def test_two_processes_train_as_one(trainee, tmp_path):
-    """Gradients averaged wrongly, a sample that two processes take or none, or two that write the same file."""
+    """Gradients averaged wrongly; a sample that two processes take, or none."""
     assert train.main([*trainee, "--out", str(tmp_path / "one")]) == 0
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          str(generate.HERE / "train.py"), *trainee, "--out", str(tmp_path / "two")],
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc-per-node", "2", str(HERE / "train.py"), *trainee,
+                          "--out", str(tmp_path / "two")],
                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr.count("validation: ") == 1, run.stderr
     same_gates(tmp_path / "one", tmp_path / "two", 1e-5)
-    for one, two in zip(read_log(tmp_path / "one")[:-1], read_log(tmp_path / "two")[:-1], strict=True):
-        for key in ("soft", "hard", "cost", "admitted", "gradient"):   # AdamW alone would not see gradients too large
-            assert (one[key] or 0) == pytest.approx(two[key] or 0, rel=1e-3, abs=1e-6)
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    for a, b in zip(one[:-1], two[:-1], strict=True):
+        for key in FIGURES:                     # AdamW alone hides gradients that are too large
+            assert (a[key] or 0) == pytest.approx(b[key] or 0, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("at", (1, 4))
 def test_a_loss_that_is_not_finite_ends_the_run(at, trainee, tmp_path, monkeypatch, capsys):
-    """NaN written over good gates; the gates of the update that broke them; a run that goes on with NaN."""
-    real, calls = train.distill, []
+    """NaN written over good gates; the gates of the update that broke them; a run that goes on."""
+    real = train.distill
+    calls = []
 
-    def broken(model, gates, ids, *a, **k):
-        soft, *rest = real(model, gates, ids, *a, **k)
+    def broken(model, gates, *args, **options):
+        losses = real(model, gates, *args, **options)
         calls.append([p.detach().clone() for p in gates.parameters()])
-        return (soft * math.nan if len(calls) == at else soft, *rest)
+        if len(calls) == at:
+            losses = losses._replace(distill=losses.distill * math.nan)
+        return losses
 
     monkeypatch.setattr(train, "distill", broken)
-    argv = [*trainee, "--seq-len", "256", "--tokens-per-step", "256", "--out", str(tmp_path / "g")]
-    Path(tmp_path / "g").write_text("old")
-    assert generate.run_program(train.main, argv) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    out = tmp_path / "g"
+    out.write_text("old")
+    argv = [*trainee, "--seq-len", "256", "--tokens-per-step", "256", "--out", str(out)]
+    last = run_with_error(argv, 2, capsys).splitlines()[-1]
     assert f"step {at}: the loss or its gradient is not finite" in last and "--lr" in last
     if at == 1:
-        assert (tmp_path / "g").read_text() == "old"
-    else:                                                              # step 3 had a finite loss, of the gates after 2
+        assert out.read_text() == "old"
+    else:
+        # Step 3 had a finite loss, and its loss was that of the gates after step 2.
         assert "gates after step 2" in last
-        gates = Gates.load(tmp_path / "g", Llama.from_pretrained(tmp_path))
+        gates = Gates.load(out, Llama.from_pretrained(tmp_path))
         assert all(torch.equal(a, b) for a, b in zip(gates.parameters(), calls[2], strict=True))
 
 
+# ------------------------------------------------------------------- full disks and other trainings
+
+@pytest.fixture
+def small_disk():
+    """A function that limits the size of each file that is written, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_for_the_state(trainee, tmp_path, small_disk, capsys):
+    """A training that ends because its state cannot be saved, and takes the gates with it."""
+    out = tmp_path / "g"
+    assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
+    small_disk(os.path.getsize(tmp_path / "whole") + 1000)
+    err = run_with_error([*trainee, "--out", str(out), "--save-every", "2"], 0, capsys)
+    assert err.count("g.resume cannot be written") == 1 and "the training goes on" in err
+    same_gates(tmp_path / "whole", out)
+    assert {path.name for path in tmp_path.glob("g*")} == {"g", "g.log.jsonl"}
+
+
+def test_a_disk_that_is_full_for_everything(trainee, tmp_path, small_disk, capsys):
+    """A half-written file left behind; a log with half a line; a state that is said to be there."""
+    small_disk(700)
+    err = run_with_error([*trainee, "--out", str(tmp_path / "g"), "--save-every", "2"], 2, capsys)
+    last = err.splitlines()[-1]
+    assert "g cannot be written" in last and "no state of the run was saved" in last
+    assert "g.log.jsonl cannot be written" in err
+    assert {path.name for path in tmp_path.glob("g*")} == {"g.log.jsonl"}
+    assert 0 < len(read_log(tmp_path / "g")) < 6
+
+
+def test_a_disk_that_is_full_for_the_gates(trainee, tmp_path, monkeypatch, capsys):
+    """The steps since the last save lost, because the gates have no room at the very end."""
+    def no_room(self, path, *args):
+        raise UserError(f"{path} cannot be written: No space left on device")
+
+    out = str(tmp_path / "g")
+    with monkeypatch.context() as patch:
+        patch.setattr(Gates, "save", no_room)
+        err = run_with_error([*trainee, "--out", out], 2, capsys)
+    last = err.splitlines()[-1]
+    assert "No space left" in last and "g.resume has the run after step 6" in last
+    assert "--resume" in last
+
+    assert train.main([*trainee, "--out", out, "--resume"]) == 0
+    assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
+    same_gates(tmp_path / "whole", out)
+    check_continued(tmp_path, "g")
+
+
+def test_two_trainings_with_one_out(trainee, tmp_path, capsys):
+    """A second training that writes the files of the first, or one that a stale lock keeps out."""
+    argv = [*trainee, "--out", str(tmp_path / "g")]
+    with train.training_lock(str(tmp_path / "g")):
+        err = run_with_error(argv, 2, capsys)
+        assert err.count("\n") == 1 and "another training is writing" in err and "--out" in err
+        assert (tmp_path / "g.lock").exists() and not (tmp_path / "g").exists()
+    assert not (tmp_path / "g.lock").exists()
+    (tmp_path / "g.lock").write_text("")            # of a run that was killed
+    assert train.main(argv) == 0
+    assert not (tmp_path / "g.lock").exists()
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
 def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
-    """A kill by the kernel, hours in, instead of a sentence at the beginning; layers checkpointed for no reason."""
+    """A kill by the system, hours in, instead of a sentence; layers checkpointed for no reason."""
     model = Llama.from_pretrained(tmp_path)
-    gates, recipe = Gates.for_model(model), train.Recipe(seq_len=(512, 1024))
-    whole, again = (train.activation_bytes(model, gates, 1024, c) for c in (False, True))
-    assert whole > again > train.activation_bytes(model, gates, 512, True) == again / 2
+    gates = Gates.for_model(model)
+    config = train.TrainConfig(seq_len=(512, 1024))
+    plain = train.activation_bytes(model, gates, 1024, False)
+    checkpointed = train.activation_bytes(model, gates, 1024, True)
+    assert plain > checkpointed == 2 * train.activation_bytes(model, gates, 512, True)
+
     state = 20 * sum(p.numel() for p in gates.parameters())
-    for free, want in ((2 * (whole + state), {512: (1, False), 1024: (1, False)}),
-                       (whole + state, {512: (1, False), 1024: (1, True)})):
-        monkeypatch.setattr(train, "free_bytes", lambda device: free)
-        assert train.fit(model, gates, recipe)[0] == want
-    free = again
-    assert generate.run_program(train.main, [*trainee, "--seq-len", "1024", "--out", str(tmp_path / "g")]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--seq-len 1024 needs about" in err and "lower --seq-len" in err
+    free = 2 * (plain + state)
+    monkeypatch.setattr(train, "free_bytes", lambda device: free)
+    assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, False)}
+    free = plain + state
+    assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, True)}
+
+    free = checkpointed
+    argv = [*trainee, "--seq-len", "1024", "--out", str(tmp_path / "g")]
+    err = run_with_error(argv, 2, capsys)
+    assert err.count("\n") == 1
+    assert "--seq-len 1024 needs about" in err and "GiB free" in err and "lower --seq-len" in err
 
 
 def test_convert(tmp_path, capsys):
     """An official checkpoint that comes out as other gates, or as a file that does not load."""
-    model = make_folder(tmp_path)
+    folder = make_folder(tmp_path)
     torch.save(official(2, 2, 8, 4, torch.Tensor.bfloat16), tmp_path / "x.pt")
-    argv = ["--convert", str(tmp_path / "x.pt"), "--model", str(model), "--out", str(tmp_path / "g.safetensors")]
-    assert train.main([*argv, "--lam", "0.04"]) == 0
+    out = tmp_path / "g.safetensors"
+    argv = ["--convert", str(tmp_path / "x.pt"), "--out", str(out), "--lam", "0.04"]
+    assert train.main([*argv, "--model", str(folder)]) == 0
     capsys.readouterr()
-    model = Llama.from_pretrained(model)
-    ours, theirs = Gates.load(tmp_path / "g.safetensors", model), Gates.load(tmp_path / "x.pt", model)
-    assert capsys.readouterr().err == "" and (ours.window, ours.tau, ours.expansion) == (256, 0.1, 4)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert generate.run_program(train.main, [*argv[:3], str(TINY_FOLDER), *argv[4:]]) == 2
-    assert "8 layers, 4 KV heads of 32" in capsys.readouterr().err
+    model = Llama.from_pretrained(folder)
+    ours = Gates.load(out, model)
+    theirs = Gates.load(tmp_path / "x.pt", model)
+    assert capsys.readouterr().err == ""
+    assert (ours.window, ours.tau, ours.expansion) == (256, 0.1, 4)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+    err = run_with_error([*argv, "--model", str(TINY_FOLDER)], 2, capsys)
+    assert "8 layers, 4 KV heads of 32" in err
 
 
-@pytest.mark.parametrize("argv, names", [
-    (["--data", "nowhere"], "nowhere"), (["--out", "no/such/x"], "no/such"), (["--lam", "-1"], "--lam"),
-    (["--window", "0"], "--window"), (["--tau", "0"], "--tau"), (["--seq-len", "8"], "--seq-len"),
-    (["--data", "SHORT"], "fewer than"), (["--steps", "x"], "--steps"), (["--data", "EMPTY"], "no text found"),
-    (["--data", "FOLDER"], "no text found"), (["--data", "LATIN"], "LATIN: not UTF-8 text at byte 3"),
-    (["--data", "SHORT", "--tasks"], "no prose to hide tasks in"), (["--seq-len", "256,many"], "--seq-len"),
-    (["--window", "1024"], "--window 1024 should be smaller than --seq-len 1024"), (["--chat"], "--chat"),
-    (["--data", "SHORT", "--chat", "--tasks"], "--chat"), (["--warmup", "1.5"], "--warmup"), (["--lr", "nan"], "--lr"),
-    (["--save-every", "0"], "--save-every"), (["--model", "OTHER"], "model_type 'gemma'"),
-    (["--out", "OTHER"], "OTHER"), (["--convert", "nowhere.pt"], "nowhere.pt"),
-    (["--convert", "LATIN"], "LATIN")], ids=str)
-def test_training_refuses_what_cannot_work(argv, names, capsys, tmp_path, monkeypatch):
-    """Mistakes must be found before the training, not after it."""
+NUMBERS = ("--lam", "--window", "--tau", "--expansion", "--seq-len", "--tokens-per-step", "--steps",
+           "--lr", "--warmup", "--weight-decay", "--answer-weight", "--haystack-tokens", "--seed",
+           "--save-every")
+BAD_OPTIONS = [
+    *([option, value] for option in NUMBERS for value in ("nan", "-1", "x", "1e400")),
+    ["--window", "0"], ["--tau", "0"], ["--tau", "1.5"], ["--seq-len", "8"], ["--warmup", "1.5"],
+    ["--steps", "0"], ["--steps", "1e3"], ["--seq-len", "256,many"], ["--save-every", "0"],
+    ["--seq-len", "256,"], ["--expansion", "1000"], ["--steps", str(10**12)],
+    ["--seed", str(2**64)],
+]
+BAD_INPUTS = [                                          # options, words of the refusal
+    (["--data", "nowhere"], "nowhere"),
+    (["--data", "no\0where"], "no\\x00where"),
+    (["--data", "SHORT"], "fewer than"),
+    (["--data", "EMPTY"], "no text found"),
+    (["--data", "FOLDER"], "no text found in its .txt"),
+    (["--data", "LATIN"], "LATIN cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+    (["--data", "SHORT", "--tasks"], "no prose to hide tasks in"),
+    (["--data", "SHORT", "--chat", "--tasks"], "--chat"),
+    (["--chat"], "--chat"),
+    (["--tasks", "nothing"], "--tasks"),
+    (["--window", "1024"], "--window 1024 should be smaller than --seq-len 1024"),
+    (["--model", "OTHER"], "model_type 'gemma'"),
+    (["--model", "SMALL", "--data", "SHORT"], "--window 256 should be smaller than --seq-len 128"),
+    (["--out", ""], "'' is no name for a file"),
+    (["--out", "a\0b"], "is no name for a file"),
+    (["--out", "no/such/x"], "no/such"),
+    (["--out", "OTHER"], "OTHER"),
+    (["--convert", "nowhere.pt"], "nowhere.pt"),
+    (["--convert", "LATIN"], "LATIN"),
+]
+
+
+@pytest.mark.parametrize("argv, words", [*((argv, argv[0]) for argv in BAD_OPTIONS), *BAD_INPUTS],
+                         ids=repr)
+def test_training_refuses_what_cannot_work(argv, words, capsys, tmp_path, monkeypatch):
+    """A mistake that is found after the training and not before it, or files left by a refusal."""
     monkeypatch.chdir(tmp_path)
-    for name, data in (("SHORT", b"A few words."), ("EMPTY", b" \n"), ("LATIN", "caf\u00e9".encode("latin-1"))):
-        Path(name).write_bytes(data)
-    Path("FOLDER").mkdir()
+    Path("SHORT").write_text("A few words.")
+    Path("EMPTY").write_text(" \n")
+    Path("LATIN").write_bytes("caf\u00e9".encode("latin-1"))
+    for name in ("FOLDER", "OTHER", "SMALL"):
+        Path(name).mkdir()
     Path("FOLDER/x.pdf").write_text("no text")
-    copy_text_files(Path("OTHER").mkdir() or write_config(Path("OTHER"), model_type="gemma"))
+    write_config(Path("OTHER"), model_type="gemma")
+    make_folder(Path("SMALL"))
+    for name in ("OTHER", "SMALL"):
+        copy_text_files(Path(name))
     before = sorted(tmp_path.rglob("*"))
-    assert generate.run_program(train.main, [*argv, "--device", "cpu"]) == 2
-    err = capsys.readouterr().err
-    assert names in err and err.count("\n") == 1
+    err = run_with_error([*argv, "--device", "cpu"], 2, capsys)
+    assert words in err and err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
+TORCHRUN = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
 def test_more_processes_than_samples(monkeypatch, capsys):
-    """A process without a sample waits for gradients that it has not."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert generate.run_program(train.main, ["--device", "cpu"]) == 2
-    assert "--tokens-per-step 2048: it should be at least 3072" in capsys.readouterr().err
+    """A process without a sample waits for gradients that it does not have."""
+    for name, value in dict(TORCHRUN, WORLD_SIZE="3").items():
+        monkeypatch.setenv(name, value)
+    err = run_with_error(["--device", "cpu"], 2, capsys)
+    assert "--tokens-per-step 2048: it should be at least 3072" in err
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(WORLD_SIZE="2"), "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="29500"), "MASTER_ADDR not set"),
+    (dict(TORCHRUN, WORLD_SIZE="two"), "'two'"),
+    (dict(TORCHRUN, WORLD_SIZE="2", RANK="x"), "processes"),
+], ids=range(4))
+def test_processes_without_torchrun(settings, words, tmp_path, monkeypatch, capsys):
+    """WORLD_SIZE set by something else than torchrun: a traceback, or a wait without end."""
+    for name in ("WORLD_SIZE", *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    err = run_with_error(["--device", "cpu", "--out", str(tmp_path / "g")], 2, capsys)
+    assert err.count("\n") == 1 and words in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_names_every_option_and_both_defaults(capsys):
+    """A setting without an option or a group; defaults of one preset given for both."""
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name in vars(train.PAPER):
+        assert f"--{name.replace('_', '-')} " in text
+    assert "(default: 0.16; 5.12 for the bundled model)" in text
+    assert "4096,8192,16384,32768; 1024 for the bundled model" in text
+    assert "examples: python train.py" in text and "gates:" in text and "training:" in text
 
 
 def test_evaluation_scores_answers_and_counts_kept_bytes(tiny):
-    """A scorer that cannot fail proves nothing: right with everything kept must beat nothing kept."""
+    """A scorer that cannot fail: right with everything kept must beat nothing kept."""
     model, text = tiny
     haystack = tasks.Haystack(STORY * 3)
-    documents = [tasks.make("facts", haystack, 512, text.tokenizer.encode, random.Random(n))[0] for n in range(8)]
-    full, kept = train.evaluate(model, text, lambda group: DenseCache(model, len(group)), documents)
-    assert kept == 1.0 and len(full) == sum(len(d.questions) for d in documents) and sum(full) > 0.8 * len(full)
-    none, kept = train.evaluate(model, text, lambda group: DualCache(model, RandomAdmission(0.0), len(group), 32),
-                                documents)
-    assert sum(none) < 0.3 * len(none) and 0.05 < kept < 0.12
+    documents = [tasks.make("facts", haystack, 512, text.tokenizer.encode, random.Random(n))[0]
+                 for n in range(8)]
+    scores, kept = train.evaluate(model, text, lambda group: DenseCache(model, len(group)),
+                                  documents)
+    assert kept == 1.0
+    assert len(scores) == sum(len(document.questions) for document in documents)
+    assert sum(scores) > 0.8 * len(scores)
 
-
+    nothing = RandomAdmission(0.0)
+    scores, kept = train.evaluate(
+        model, text, lambda group: DualCache(model, nothing, len(group), P), documents)
+    assert sum(scores) < 0.3 * len(scores)
+    # Each body leaves a window of P tokens, with positions and gates of some percent.
+    window = len(documents) * P / sum(len(text.encode(d.body)) for d in documents)
+    assert window < kept < 1.05 * window

@@ -1,680 +1,1145 @@
 """Train write gates for a frozen model, by distillation from the model itself.
 
-    python train.py                                       gates for the bundled model, without any data, on a laptop
-    python train.py --data books/ --model FOLDER          for another model, from text, by the paper's recipe
-    python train.py ... --resume                          go on after an interruption, to the very same gates
-    torchrun --nproc-per-node 4 train.py ... --tokens-per-step 131072         on several GPUs
-    python train.py --convert official.pt --model FOLDER  the authors' gates as a file of ours
+The teacher is the model with full attention. The student has the same weights, but its attention
+adds log g to the scores of all keys outside the window (`wgkv.SoftAttention`), so a key whose gate
+g is near 0 fades away there. Only the gates learn:
 
-The teacher is the model with full attention. The student is the same weights, with each key's gate as a bias on the
-scores outside the window (`wgkv.SoftAttention`). Only the gates learn:
+    loss = distillation loss + lambda * sparsity loss
 
-    loss = mean (student's last hidden state - teacher's)^2  +  lambda * expected size of the cache
+    distillation loss    mean squared error between the student's final hidden states and the
+                         teacher's; tokens that answer a question can weigh more than others
+    sparsity loss        the expected share of a dense cache that is kept (`wgkv.sparsity_loss`)
 
-so a gate closes where nobody misses the key. lambda sets how hard it tries: larger keeps less. The mean is over tokens;
-where it is known which of them answer a question, they may count for more, as they are few.
+A gate closes where nobody misses its key. Lambda says how hard it tries: larger keeps less.
 
-Without --data the documents are made on the spot: the frozen model writes passages, and tiny/tasks.py hides facts,
-lists, classes and passages to copy in them.
+Without --data, the training documents are made on the spot: the frozen model writes prose, and
+tiny/tasks.py hides facts, lists, classes and passages in it and asks for them.
 
-Everything that is drawn in step n depends on the seed and n alone. So a run can go on from any step, and its samples
-can be dealt out to any number of processes. Beside the gates OUT lie OUT.log.jsonl, a line for each step and the
-validation last, and, until the run is complete, OUT.resume.
+What is random in sample n depends on the seed and n alone. So a run can be resumed after any step,
+and its samples can be split over any number of processes: the gates come out the same.
+
+From top to bottom: settings and schedule, training samples, the loss, memory, the training loop,
+the files of a run, validation and evaluation, the program.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from generate import (HERE, Parser, Text, check_writable, decode, load_model, model_options, prefill, run_program,
-                      sampler, write_whole)
-from model import UserError, free_bytes, say
+from common import (HERE, Parser, UserError, check_number, check_regular, check_writable,
+                    free_bytes, model_options, progress, quoted, read_text, reading, real, reason,
+                    replacing, run_program, say, whole, write_text)
+from generate import Text, decode, load_model, prefill, sampler
+from model import open_tensors
 from tiny import tasks
-from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, admission_cost, fingerprint,
-                  triton_kernels)
+from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, fingerprint,
+                  sparsity_loss)
+
+EXAMPLES = """examples:
+  python train.py                               the bundled model: no data, minutes on a laptop
+  python train.py --data books/ --model FOLDER  another model, with the paper's settings
+  python train.py ... --resume                  continue an interrupted run, with its options
+  torchrun --nproc-per-node 4 train.py --data books/ --model FOLDER --tokens-per-step 131072
+                                                on four GPUs
+  python train.py --convert official.pt --model FOLDER
+                                                convert the authors' gates, no training
+
+Beside the gates OUT, a run writes OUT.log.jsonl, one line a step and the validation last, and
+OUT.resume, which --resume continues from and which goes when the run is complete."""
 
 
-# ------------------------------------------------------------------------------------------------------------- recipe
-
-def setting(default, text, **option):
-    return field(default=default, metadata=dict(help=text, option=option))
-
+# ---------------------------------------------------------------------------- settings and schedule
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every setting of a training. The defaults are the paper's, for real models: 7,500 samples, 65 million tokens."""
-    lam: float = setting(0.16, "lambda: larger admits less")
-    window: int = setting(256, "W, the tokens that stay in any case")
-    tau: float = setting(0.1, "a gate this high admits")
-    expansion: float = setting(4.0, "hidden width of a gate, in head dims")
-    seq_len: tuple = setting((4096, 8192, 16384, 32768), "tokens a sample; twice the length, half as many samples")
-    tokens_per_step: int = setting(4096, "at least; a step has whole samples of one length")
-    steps: int = setting(7500, "updates of the gates")
-    lr: float = setting(1e-3, "the learning rate at its highest")
-    warmup: float = setting(0.1, "share of the steps in which it rises; then it falls to 0, a cosine")
-    weight_decay: float = setting(0.01, "AdamW's")
-    answer_weight: float = setting(1.0, "a token of an answer counts as much in the mean as so many others")
-    haystack_tokens: int = setting(65536, "how much the model writes, without --data")
-    tasks: str = setting("", "hide facts, lists, classes and passages in the text of --data: a mix of tiny/tasks.py",
-                         nargs="?", const="asked", choices=[*tasks.MIXES])
-    chat: bool = setting(False, "put each sample into the model's chat template, as a text to summarise",
-                         action="store_true")
-    seed: int = setting(0, "of everything drawn")
+class TrainConfig:
+    """The settings of a training. By default the paper's: 7,500 samples, 65 million tokens."""
+    lam: float = 0.16                   # lambda, the weight of the sparsity loss
+    window: int = 256                   # W: so many recent tokens are always visible
+    tau: float = 0.1                    # a token is admitted if its gate is at least this
+    expansion: float = 4.0              # hidden width of a gate, in head dims
+    seq_len: tuple = (4096, 8192, 16384, 32768)     # tokens a sample, see `schedule`
+    tokens_per_step: int = 4096         # at least: a step has whole samples
+    steps: int = 7500
+    lr: float = 1e-3                    # the peak learning rate
+    warmup: float = 0.1                 # share of the steps in which the learning rate rises
+    weight_decay: float = 0.01
+    answer_weight: float = 1.0          # weight of an answer's token in the distillation loss
+    haystack_tokens: int = 65536        # how much the model writes, if there is no --data
+    tasks: str = ""                     # hide tasks in --data: the name of a mix in tiny/tasks.py
+    chat: bool = False                  # put each sample into the model's chat template
+    seed: int = 0
 
 
-PAPER = Recipe()
-BUNDLED = Recipe(lam=5.12, window=128, seq_len=(1024,), tokens_per_step=2048, steps=240, lr=2e-3, answer_weight=30.0)
+PAPER = TrainConfig()
+BUNDLED = TrainConfig(lam=5.12, window=128, seq_len=(1024,), tokens_per_step=2048, steps=240,
+                      lr=2e-3, answer_weight=30.0)
 
 
-def plan(recipe):
-    """(length, first sample, samples) of each step: the lengths in a random order, samples numbered through the run.
+def schedule(config):
+    """[(tokens a sample, number of the first sample, how many samples)], one entry for each step.
 
-    A step has as many samples of its length as --tokens-per-step takes, and lengths share the samples by 1 / length.
+    A step has samples of one length, as many as reach --tokens-per-step. Each length gets about
+    the same number of tokens in all: twice the length, half as many samples. Which step has which
+    length is random.
     """
-    rows = {length: -(-recipe.tokens_per_step // length) for length in recipe.seq_len}
-    shares = list(accumulate(1 / length / rows[length] for length in recipe.seq_len))
-    ends = [round(recipe.steps * share / shares[-1]) for share in shares]
-    lengths = [n for n, a, z in zip(recipe.seq_len, [0, *ends], ends) for _ in range(z - a)]
-    random.Random(f"{recipe.seed}/lengths").shuffle(lengths)
-    return list(zip(lengths, accumulate((rows[n] for n in lengths), initial=0), (rows[n] for n in lengths)))
+    samples_per_step = {n: math.ceil(config.tokens_per_step / n) for n in config.seq_len}
+
+    # Steps for each length, from cumulative shares: rounding cannot lose or add a step.
+    shares = list(accumulate(1 / n / samples_per_step[n] for n in config.seq_len))
+    ends = [round(config.steps * share / shares[-1]) for share in shares]
+    lengths = []
+    for n, start, end in zip(config.seq_len, [0, *ends], ends):
+        lengths += [n] * (end - start)
+    random.Random(f"{config.seed}/lengths").shuffle(lengths)
+
+    steps = []
+    first = 0
+    for n in lengths:
+        steps.append((n, first, samples_per_step[n]))
+        first += samples_per_step[n]
+    return steps
 
 
-def learning_rate(recipe, step):
-    """In step 0, 1, ...: up in a line, down in a cosine."""
-    warmup = int(recipe.warmup * recipe.steps)
-    down = max(0, step - warmup) / max(1, recipe.steps - warmup)
-    return recipe.lr * min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * down))
+def learning_rate(config, step):
+    """The learning rate of step 0, 1, ...: a linear warmup, then a cosine down to 0."""
+    warmup = int(config.warmup * config.steps)
+    if step < warmup:
+        return config.lr * ((step + 1) / warmup)
+    decayed = (step - warmup) / (config.steps - warmup)
+    return config.lr * (0.5 + 0.5 * math.cos(math.pi * decayed))
 
 
-# -------------------------------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------- text to learn from
 
-def model_writes(model, text, tokens, seed, batch=32):
-    """About `tokens` tokens of prose, sampled from the model: a haystack for when there is no text at hand."""
-    choose, passages = sampler(1.0, 0.95, seed, model.device), []
-    start = text.begin or [min(text.end, default=0)]
-    length = min(512, model.config.max_positions)
-    with tqdm(total=tokens, desc="the model writes passages", unit=" tokens", unit_scale=True, leave=False) as bar:
-        while bar.n < tokens:
-            kv, rows = DenseCache(model, batch), [[] for _ in range(batch)]
-            for ids in decode(model, kv, prefill(model, kv, [start] * batch), length, text.end, choose):
-                for row, token in zip(rows, ids):
-                    row.extend(() if token is None else (token,))
-                bar.update(sum(token is not None for token in ids))
-            passages += [text.decode(row) for row in rows]
-    return "\n\n".join(passages)
+INSTRUCTION = "Please analyze and summarize the following text:\n\n"
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-INSTRUCTION, MARK = "Please analyze and summarize the following text:\n\n", "\N{OBJECT REPLACEMENT CHARACTER}"
+def find_text_files(folder):
+    """The .txt and .jsonl files in a folder and the folders in it, sorted by path.
+
+    What has such a name and is no regular file is skipped: reading a named pipe would block.
+    """
+    def refuse(error):
+        raise UserError(f"--data {error.filename}: {reason(error)}")
+
+    files = []
+    skipped = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for path in (Path(parent, name) for name in names):
+            if path.suffix in (".txt", ".jsonl"):
+                found = files if path.is_file() else skipped
+                found.append(path)
+    if skipped:
+        say(f"--data {folder}: skipped what is no regular file, {len(skipped)} in all: "
+            f"{min(skipped)}")
+    return sorted(files)
+
+
+def read_jsonl(path):
+    """The "text" of each line of a .jsonl file."""
+    texts = []
+    # Not splitlines(): that would also cut at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(read_text(path, most=None).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f'--data {path}, line {number}: no JSON object with a "text" that is '
+                            "text") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            # JSON can write half of a surrogate pair, "\ud800", which no tokenizer takes.
+            raise UserError(f'--data {path}, line {number}: its "text" has half a surrogate pair, '
+                            f"{text[e.start]!r}, which is not a character") from None
+        texts.append(text)
+    return texts
 
 
 def read_documents(path):
-    """The documents, not empty, of a .jsonl file (the "text" of each line), a text file, or all of both in a folder."""
-    path, documents = Path(path), []
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    for file in tqdm(files, desc="reading", unit=" files", delay=1, leave=False):
-        try:
-            content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            why = e.strerror if isinstance(e, OSError) else f"not UTF-8 text at byte {e.start}"
-            raise UserError(f"--data {file}: {why}") from None
-        lines = content.split("\n") if file.suffix == ".jsonl" else ()      # splitlines would cut at U+2028 as well
-        for number, line in enumerate(lines, 1):
-            try:
-                documents += [json.loads(line)["text"] + ""] if line.strip() else []
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f'--data {file}, line {number}: no JSON object with a "text" that is text') from None
-        documents += [] if lines else [content]
-    documents = [d for d in documents if d.strip()]
+    """The documents of a text file, of a .jsonl file, or of all of both in a folder."""
+    is_folder = "\0" not in str(path) and os.path.isdir(path)
+    files = find_text_files(path) if is_folder else [Path(path)]
+    documents = []
+    with progress(len(files), "reading", "files") as bar:
+        for file in files:
+            if file.suffix == ".jsonl":
+                documents += read_jsonl(file)
+            else:
+                documents.append(read_text(file, most=None))
+            bar.update()
+    # A byte-order mark is an artefact of the file: the model should not learn to see it.
+    documents = [document.removeprefix("\ufeff") for document in documents]
+    documents = [document for document in documents if document.strip()]
     if not documents:
-        raise UserError(f"--data {path}: no text found" + " in its .txt and .jsonl files" * path.is_dir())
+        where = " in its .txt and .jsonl files" if is_folder else ""
+        raise UserError(f"--data {path}: no text found{where}")
     return documents
 
 
-def read_text(path):
+def read_prose(path):
+    """All documents as one text."""
     return "\n\n".join(read_documents(path))
 
 
+def write_texts(model, text, kv, hidden, steps, choose=None, report=lambda tokens: None):
+    """Decode up to `steps` tokens for each sequence of a cache; returns the texts."""
+    answers = [[] for _ in range(kv.B)]
+    for ids in decode(model, kv, hidden, steps, text.end, choose):
+        new = 0
+        for answer, token in zip(answers, ids):
+            if token is not None:               # None: this sequence has ended
+                answer.append(token)
+                new += 1
+        report(new)
+    return [text.decode(answer) for answer in answers]
+
+
+def generate_prose(model, text, num_tokens, seed, batch=32):
+    """At least `num_tokens` tokens of prose that the model writes: for when no text is given."""
+    choose = sampler(1.0, 0.95, seed, model.device)
+    start = text.begin or [min(text.end, default=0)]
+    length = min(512, model.config.max_positions)
+    passages = []
+    written = 0
+    with progress(num_tokens, "the model writes prose", "tokens") as bar:
+        def report(tokens):
+            nonlocal written
+            written += tokens
+            bar.update(tokens)
+
+        while written < num_tokens:
+            kv = DenseCache(model, batch)
+            hidden = prefill(model, kv, [start] * batch)
+            passages += write_texts(model, text, kv, hidden, length, choose, report)
+    return "\n\n".join(passages)
+
+
 def make_haystack(prose, source):
+    """A tasks.Haystack of this prose; source names it in the error."""
     try:
         return tasks.Haystack(prose)
     except ValueError as e:
-        raise UserError(f"{source or 'what the model writes'} is no prose to hide tasks in: {e}") from None
+        raise UserError(f"{source or 'what the model writes'} is no prose to hide tasks in: "
+                        f"{e}") from None
 
+
+# --------------------------------------------------------------------------------- training samples
+# A sample is a pair (ids, weights) of (T,) tensors. `text_samples` and `task_samples` return a
+# function (rng, length) -> sample, and `Samples` gives it the right random generator.
 
 def text_samples(documents, head):
-    """draw(rng, length) -> (ids, weights): head, and a stretch of one of the documents (tensors of ids), all alike
-    likely; each token weighs 1.
+    """Samples of plain text: `head`, then a stretch of one document. All tokens weigh 1.
 
-    Documents are not joined: those too short for a length are passed over (if all are, the longest is the sample).
+    documents: int tensors of ids. Every stretch of the right length, in whichever document, has
+    the same probability. Documents are never joined: those that are too short are passed over,
+    and if all are too short the longest is the sample.
     """
-    def draw(rng, length):
-        body = min(length - len(head), max(map(len, documents)))
-        [document] = rng.choices(documents, [max(0, len(d) - body + 1) for d in documents])
-        start = rng.randrange(len(document) - body + 1)
-        ids = torch.cat((torch.tensor(head, dtype=document.dtype), document[start:start + body]))
+    longest = max(len(document) for document in documents)
+
+    def sample_text(rng, length):
+        size = min(length - len(head), longest)
+        stretches = [max(0, len(document) - size + 1) for document in documents]
+        [document] = rng.choices(documents, stretches)
+        start = rng.randrange(len(document) - size + 1)
+        ids = torch.cat((torch.tensor(head, dtype=document.dtype), document[start:start + size]))
         return ids, torch.ones(len(ids))
 
-    return draw
+    return sample_text
 
 
-def task_samples(haystack, encode, recipe):
-    """draw(rng, length) -> (ids, weights): one of tiny/tasks.py hidden in the haystack, its answers weighing more."""
-    def draw(rng, length):
-        _, ids, answer = tasks.make(tasks.pick(rng, recipe.tasks or "asked"), haystack, length, encode, rng)
-        return torch.tensor(ids), torch.tensor(answer) * (recipe.answer_weight - 1) + 1
+def task_samples(haystack, encode, config):
+    """Samples of tiny/tasks.py: a task hidden in the haystack, whose answers can weigh more."""
+    def sample_task(rng, length):
+        task = tasks.pick(rng, config.tasks or "asked")
+        _, ids, in_answer = tasks.make(task, haystack, length, encode, rng)
+        weights = torch.tensor(in_answer) * (config.answer_weight - 1) + 1
+        return torch.tensor(ids), weights
 
-    return draw
+    return sample_task
 
 
-def split_text(documents, text, recipe, source):
-    """Two draws out of documents, a list of str: to train on, and held out: every 20th, or the end of the only one.
+def split_text(documents, text, config, source):
+    """(samples to train on, held-out samples) of documents, a list of str.
 
-    With --chat samples begin as the model's chat template does, up to where the user's text begins; as in the paper,
-    the rest of the template falls off.
+    Every 20th document is held out, or the end of the only one. With --chat, a sample begins as
+    the chat template does, up to where the user's text begins; as in the paper, what the template
+    puts after the text is left off.
     """
     head = text.begin
-    if recipe.chat:
-        chat = text.chat([dict(role="user", content=INSTRUCTION + MARK)])
-        head = text.encode(chat.partition(MARK)[0], control=True)           # the template's own tokens
-    bar = tqdm(documents, desc="tokens of the text", unit=" documents", delay=1, leave=False)
-    ids = sorted((torch.tensor(text.encode(d, begin=False), dtype=torch.int32) for d in bar), key=len)
-    shortest, longest = min(recipe.seq_len) - len(head), max(recipe.seq_len) - len(head)
-    if len(ids[-1]) < longest:
-        raise UserError(f"--data {source}: the longest document has {len(ids[-1]):,} tokens, fewer than the "
-                        f"{longest:,} that --seq-len {max(recipe.seq_len)} asks for: lower it, or give longer texts")
-    ids = [d for d in ids if len(d) >= shortest]
-    held, spare = ids[:-1:20], len(ids[-1]) - longest
-    if held:                                                         # never the longest, there may be no other as long
-        ids = [d for i, d in enumerate(ids) if i % 20 or i == len(ids) - 1]
-    elif spare >= shortest:
-        ids, held = ids[0].tensor_split([-min(spare, max(shortest, len(ids[0]) // 20))])
-        ids, held = [ids], [held]
-    else:
-        say(f"--data {source}: too short to hold a part out: the validation is on what was trained on")
-    say(f"documents to train on: {len(ids):,}, of {sum(map(len, ids)):,} tokens; long enough: " + ", ".join(
-        f"{sum(len(d) >= n - len(head) for d in ids):,} for {n:,} tokens" for n in recipe.seq_len))
-    return text_samples(ids, head), text_samples(held or ids, head)
+    if config.chat:
+        turn = text.chat([dict(role="user", content=INSTRUCTION + PLACEHOLDER)])
+        head = text.encode(turn.partition(PLACEHOLDER)[0], control=True)
+    encoded = []
+    with progress(len(documents), "tokenizing", "documents") as bar:
+        for document in documents:
+            encoded.append(torch.tensor(text.encode(document, begin=False), dtype=torch.int32))
+            bar.update()
+    encoded.sort(key=len)
+
+    shortest = min(config.seq_len) - len(head)
+    longest = max(config.seq_len) - len(head)
+    if len(encoded[-1]) < longest:
+        raise UserError(f"--data {source}: the longest document has {len(encoded[-1]):,} tokens, "
+                        f"fewer than the {longest:,} that --seq-len {max(config.seq_len)} asks "
+                        "for: lower it, or give longer texts")
+    encoded = [document for document in encoded if len(document) >= shortest]
+    training, held_out = hold_out(encoded, shortest, longest)
+    if not held_out:
+        say(f"--data {source}: too short to hold a part out: validation uses the training text")
+        held_out = training
+
+    say(f"documents to train on: {len(training):,}, of {sum(map(len, training)):,} tokens")
+    return text_samples(training, head), text_samples(held_out, head)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+def hold_out(documents, shortest, longest):
+    """(training, held out) of documents, tensors sorted by length; [] if nothing can go."""
+    held_out = documents[:-1:20]
+    if held_out:
+        # The longest stays for training: there may be no other that is long enough.
+        training = [d for i, d in enumerate(documents) if i % 20 or i == len(documents) - 1]
+        return training, held_out
+    [only] = documents
+    spare = len(only) - longest
+    if spare < shortest:
+        return documents, []
+    size = min(spare, max(shortest, len(only) // 20))
+    return [only[:-size]], [only[-size:]]
 
-def activation_bytes(model, gates, length, checkpoint):
-    """About what one sample of `length` tokens takes at its peak beside weights and gates. In numbers for a token:
 
-        a layer keeps    2 hidden + 2 (Hq + 2 Hkv) D + 3 intermediate, and 4 E D + 8 D in fp32 for each of its gates
-        checkpointed     2 hidden for each layer, and the above only for the one that runs again
-        besides          as much as a layer keeps, for gradients, and, without kernels.py, five fp32 scores of 256
-                         queries for each head
+def make_samples(source, documents, config, model, text):
+    """(samples to train on, samples to validate on). source: the --data of the documents, if any.
 
-    Numbers are of the model's dtype; on CUDA autocast makes most of them bf16. It errs on the high side: on a CPU, at
-    4,096 tokens, two thirds of it were measured.
+    Tasks are validated in the same prose as they are trained in; the tasks themselves are new.
     """
-    c, size = model.config, 2 if model.device.type == "cuda" else model.dtype.itemsize
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    layer = size * (2 * c.hidden_size + 2 * heads + 3 * c.intermediate_size)
-    layer += 4 * c.num_kv_heads * c.head_dim * (4 * gates.expansion + 8)
-    kept = 2 * c.hidden_size * model.dtype.itemsize * c.num_layers + layer if checkpoint else c.num_layers * layer
-    scores = 0 if triton_kernels(model.device, c.head_dim) else 5 * 4 * c.num_heads * 256
-    return int(length * (kept + layer + scores))
+    if source and not config.tasks:
+        return split_text(documents, text, config, source)
+    prose = "\n\n".join(documents)
+    if not source:
+        prose = generate_prose(model, text, config.haystack_tokens, config.seed)
+    samples = task_samples(make_haystack(prose, source), text.tokenizer.encode, config)
+    return samples, samples
 
 
-def fit(model, gates, recipe):
-    """({length: (samples side by side, are layers checkpointed)}, the estimate as a line of text).
+class Samples(Dataset):
+    """samples[step]: the samples of a step, as a list; of several processes, this one's part."""
 
-    UserError if not even one sample fits. Layers are checkpointed where all that they keep would not fit: it costs
-    another forward pass. Short samples of a step go through a GPU side by side, as many as SIDE_BY_SIDE tokens.
+    def __init__(self, make_sample, config):
+        self.make_sample = make_sample
+        self.seed = config.seed
+        self.schedule = schedule(config)
+        self.rank, self.world_size = rank_and_world_size()
+
+    def __getitem__(self, step):
+        length, first, count = self.schedule[step]
+        mine = range(first + self.rank, first + count, self.world_size)
+        return [self.make_sample(random.Random(f"{self.seed}/{n}"), length) for n in mine]
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+class Losses(NamedTuple):
+    """The losses of a micro-batch, each a mean over its samples."""
+    distill: torch.Tensor       # with soft gates: what is trained
+    hard_distill: float         # with gates of 0 or 1, as at inference; NaN unless asked for
+    sparsity: torch.Tensor
+    gates: list                 # the gates of each sample, (L, Hkv, T)
+
+
+def distillation_loss(student, teacher, weights):
+    """MSE of final hidden states (B, T, hidden_size); weights (B, T) sum to 1 in each sample."""
+    errors = (student.float() - teacher.float()).square().mean(dim=-1)                  # (B, T)
+    return (errors * weights).sum(dim=1).mean()
+
+
+def distill(model, gates, samples, checkpoint=False, with_hard=False):
+    """The Losses of some samples. checkpoint: recompute each layer in the backward pass.
+
+    Samples are padded on the right. Attention is causal, so no token sees padding, and in the
+    losses padding has no weight.
     """
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()                                     # what is cached counts as taken
-    free, longest = free_bytes(model.device) or math.inf, max(recipe.seq_len)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = 5 * 4 * sum(p.numel() for p in gates.parameters())       # gradients twice, AdamW's moments, the last good
+    device = model.device
+    ids = pad_sequence([ids for ids, _ in samples], batch_first=True).to(device).long()  # (B, T)
+    weights = pad_sequence([weights for _, weights in samples], batch_first=True)
+    weights = weights.to(device).float()                                                # (B, T)
+    weights = weights / weights.sum(dim=1, keepdim=True)
 
-    def needs(tokens, checkpoint):
-        return state + activation_bytes(model, gates, tokens, checkpoint)
-
-    how = {}
-    for length in recipe.seq_len:
-        checkpoint = needs(length, False) > 0.8 * free
-        rows = SIDE_BY_SIDE // length if model.device.type == "cuda" else 1
-        while rows > 1 and needs(rows * length, checkpoint) > 0.8 * free:
-            rows //= 2
-        how[length] = max(1, rows), checkpoint
-    needed = needs(longest, how[longest][1])
-    if needed > free:
-        raise UserError(f"--seq-len {longest} needs about {needed / 2**30:.2f} GiB beside the weights, {model.device} "
-                        f"has {free / 2**30:.2f} GiB free: lower --seq-len, or try --dtype bfloat16")
-    return how, (f"memory: weights {weights / 2**30:.2f} GiB; a sample of {longest:,} tokens takes about "
-                 f"{needed / 2**30:.2f} GiB{', layers checkpointed,' * how[longest][1]} of the {free / 2**30:.2f} GiB "
-                 f"free on {model.device}")
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-SIDE_BY_SIDE = 32768        # tokens
-
-
-def distill(model, gates, samples, checkpoint=False, hard=False):
-    """What the loss is made of, as means over samples, pairs (ids, weights) of (T,) each: (soft, hard, cost, g).
-
-    soft: mean squared difference of the student's last hidden states from the teacher's, a mean by weight over tokens.
-    hard: the same with gates of 0 or 1, as at inference, without gradients; NaN unless asked for, as it takes another
-    pass. cost: the expected share of a dense cache. g: the gates of each sample, (L, Hkv, T). Samples are padded on the
-    right, where none looks and nothing weighs.
-    """
-    device, lengths = model.device, [len(ids) for ids, _ in samples]
-    ids, weights = (pad_sequence(part, batch_first=True).to(device) for part in zip(*samples))
-    ids, weights = ids.long(), weights.float() / weights.float().sum(dim=1, keepdim=True)
-
-    def distance(student, teacher):
-        return ((student.float() - teacher.float()).square().mean(dim=-1) * weights).sum(dim=1).mean()
-
+    hard_distill = math.nan
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         with torch.no_grad():
-            teacher = model(ids)
-        student = SoftAttention(gates, device)
-        soft = distance(model(ids, student, checkpoint=checkpoint), teacher)
-        with torch.no_grad():
-            hard = distance(model(ids, SoftAttention(gates, device, hard=True)), teacher).item() if hard else math.nan
-    g = torch.stack([student.g[layer] for layer in range(len(student.g))], dim=1)            # (B, L, Hkv, T)
-    g = [row[..., :n] for row, n in zip(g, lengths)]
-    return soft, hard, torch.stack([admission_cost(row, gates.window) for row in g]).mean(), g
+            teacher = model(ids)                                            # (B, T, hidden_size)
+        attention = SoftAttention(gates, device)
+        student = model(ids, attention, checkpoint=checkpoint)
+        soft_distill = distillation_loss(student, teacher, weights)
+        if with_hard:                                                       # costs another pass
+            with torch.no_grad():
+                student = model(ids, SoftAttention(gates, device, hard=True))
+                hard_distill = distillation_loss(student, teacher, weights).item()
+
+    g = torch.stack([attention.g[layer] for layer in sorted(attention.g)], dim=1)  # (B, L, Hkv, T)
+    g = [gates_of_one[..., :len(ids)] for gates_of_one, (ids, _) in zip(g, samples)]
+    sparsity = torch.stack([sparsity_loss(gates_of_one, gates.window) for gates_of_one in g]).mean()
+    return Losses(soft_distill, hard_distill, sparsity, g)
 
 
-def rank_and_size():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ------------------------------------------------------------------------------------------- memory
+
+MICRO_BATCH_TOKENS = 32768      # on a GPU: enough to keep it busy
 
 
-def add_up(tensors):
-    """Sum each tensor over the processes, in place, in one exchange."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+def activation_bytes(model, gates, num_tokens, checkpoint):
+    """About what the forward pass keeps for the backward pass, in bytes. It errs on the high side.
+
+    A layer keeps its residual streams, q, k, v and the MLP, and fp32 activations of its gates. With
+    checkpointing it keeps the residual stream alone. One more layer's worth is for gradients (and
+    for the layer that is recomputed), and PyTorch's soft attention holds the scores of 256 queries.
+    """
+    c = model.config
+    on_gpu = model.device.type == "cuda"
+    size = 2 if on_gpu else model.dtype.itemsize                            # autocast to bf16
+    numbers = 2 * c.hidden_size + 3 * c.intermediate_size
+    numbers += 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    layer = size * numbers + 4 * c.num_kv_heads * c.head_dim * (4 * gates.expansion + 8)
+    kept = c.num_layers * layer
+    if checkpoint:
+        kept = c.num_layers * 2 * c.hidden_size * model.dtype.itemsize + layer
+    scores = 0 if on_gpu else 5 * 4 * c.num_heads * 256
+    return int(num_tokens * (kept + layer + scores))
+
+
+def plan_micro_batches(model, gates, config):
+    """({length: (samples per micro-batch, checkpoint layers?)}, the memory estimate as a line).
+
+    A step's samples go through the model in micro-batches whose gradients add up. Layers are
+    checkpointed only where they would not fit otherwise: that costs one more forward pass.
+    UserError if not even one sample of the longest fits.
+    """
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()            # torch's own cache would count as taken
+    free = free_bytes(model.device) or math.inf
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # For each parameter of the gates: gradient, a copy for all-reduce, two moments, the last good.
+    state = 5 * 4 * sum(p.numel() for p in gates.parameters())
+
+    def needed(num_tokens, checkpoint):
+        return state + activation_bytes(model, gates, num_tokens, checkpoint)
+
+    plan = {}
+    for length in config.seq_len:
+        checkpoint = needed(length, False) > 0.8 * free
+        count = 1
+        if model.device.type == "cuda":
+            count = max(1, MICRO_BATCH_TOKENS // length)
+        while count > 1 and needed(count * length, checkpoint) > 0.8 * free:
+            count //= 2
+        plan[length] = (count, checkpoint)
+
+    longest = max(config.seq_len)
+    _, checkpoint = plan[longest]
+    most = needed(longest, checkpoint)
+    if most > free:
+        raise UserError(f"--seq-len {longest} needs about {most / 2**30:.2f} GiB beside the "
+                        f"weights, {model.device} has {free / 2**30:.2f} GiB free: lower "
+                        "--seq-len, or try --dtype bfloat16")
+    note = ", layers checkpointed," if checkpoint else ""
+    return plan, (f"memory: weights {weights / 2**30:.2f} GiB; a sample of {longest:,} tokens "
+                  f"takes about {most / 2**30:.2f} GiB{note} of the {free / 2**30:.2f} GiB free "
+                  f"on {model.device}")
+
+
+# -------------------------------------------------------------------------------- the training loop
+
+class Trainer:
+    """The parts of one training step: gradients, the update, and the way back if they fail."""
+
+    def __init__(self, model, gates, optimizer, config, micro_batches=None):
+        self.model = model
+        self.gates = gates
+        self.optimizer = optimizer
+        self.config = config
+        self.micro_batches = micro_batches or {}
+        self.schedule = schedule(config)
+        self.parameters = list(gates.parameters())
+        self.last_finite = None             # (steps done, parameters then)
+
+    def gradients(self, step, batch, stop=0):
+        """Leave the gradients of a step in the gates; return the step's figures, as a dict.
+
+        batch: this process's samples. stop: above 0 if this process was asked to stop. It is summed
+        over the processes like everything else, so that all of them stop after the same step.
+        """
+        length, _, num_samples = self.schedule[step]
+        per_micro_batch, checkpoint = self.micro_batches.get(length, (1, False))
+        with_hard = step % 25 == 0 or step == self.config.steps - 1
+        sums = dict(distill_loss=0.0, hard_distill_loss=0.0, sparsity_loss=0.0, admitted=0.0,
+                    tokens=0, stop=stop)
+        for start in range(0, len(batch), per_micro_batch):
+            samples = batch[start:start + per_micro_batch]
+            losses = distill(self.model, self.gates, samples, checkpoint, with_hard)
+            self.backward(losses, len(samples), num_samples, sums)
+            sums["tokens"] += sum(len(ids) for ids, _ in samples)
+
+        gradients = [p.grad for p in self.parameters]
+        figures = all_reduce(gradients, sums)
+        figures["loss"] = figures["distill_loss"] + self.config.lam * figures["sparsity_loss"]
+        figures["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+        figures["seq_len"] = length
+        if not with_hard:
+            figures["hard_distill_loss"] = None
+        return figures
+
+    def backward(self, losses, count, num_samples, sums):
+        """Add a micro-batch of `count` samples to the gradients and to the sums of its step.
+
+        The loss of a step is the mean over all its samples, in whichever micro-batch and process
+        they are, so each micro-batch counts by its share of them.
+        """
+        loss = losses.distill + self.config.lam * losses.sparsity
+        (loss * count / num_samples).backward()
+        admitted = torch.stack([(g >= self.gates.tau).float().mean() for g in losses.gates]).mean()
+        sums["distill_loss"] += losses.distill.item() * count / num_samples
+        sums["hard_distill_loss"] += losses.hard_distill * count / num_samples
+        sums["sparsity_loss"] += losses.sparsity.item() * count / num_samples
+        sums["admitted"] += admitted.item() * count / num_samples
+
+    def update(self, step):
+        """One step of AdamW, from gates that had a finite loss."""
+        self.last_finite = (step, [p.detach().clone() for p in self.parameters])
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def roll_back(self, step):
+        """Back to the last gates that had a finite loss; returns how many steps made them.
+
+        Step `step` was not finite, so the update before it has broken the gates.
+        """
+        if self.last_finite is None:
+            return step                     # the first step of this process: nothing was updated
+        done, parameters = self.last_finite
+        for p, good in zip(self.parameters, parameters):
+            p.copy_(good)
+        return done
+
+
+def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, log=None, save=None,
+          save_every=50):
+    """Take the steps after `done`. Returns (steps done, None or the reason why there are no more).
+
+    samples[step]: a list of (ids, weights), see `Samples`. micro_batches: see `plan_micro_batches`.
+    log(figures) is called after each step, save(steps done) after every `save_every` of them.
+    """
+    trainer = Trainer(model, gates, optimizer, config, micro_batches)
+    # batch_size None: samples[step] is a whole step already. Workers make samples ahead of a GPU.
+    batches = DataLoader(samples, batch_size=None, sampler=range(done, config.steps),
+                         num_workers=num_workers(model.device), worker_init_fn=ignore_ctrl_c)
+    tokens = [length * count for length, _, count in trainer.schedule]
+    hard = math.nan                         # the last hard distillation loss, for the progress bar
+    with (finish_the_step() as signals,
+          progress(sum(tokens[done:]), "training", "tokens", delay=0) as bar):
+        started = time.perf_counter()
+        for step, batch in enumerate(batches, done):
+            figures = trainer.gradients(step, batch, stop=len(signals))
+            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+                why = f"step {step + 1}: the loss or its gradient is not finite"
+                return trainer.roll_back(step), why
+            trainer.update(step)
+
+            seconds = time.perf_counter() - started
+            started += seconds
+            if figures["hard_distill_loss"] is not None:
+                hard = figures["hard_distill_loss"]
+            bar.set_postfix_str(
+                f"step {step + 1}/{config.steps}, distill loss {figures['distill_loss']:.4f}, "
+                f"hard {hard:.4f}, admitted {figures['admitted']:.1%}", refresh=False)
+            bar.update(tokens[step])
+
+            stop = figures.pop("stop") > 0
+            tokens_per_s = figures.pop("tokens") / seconds
+            if log:
+                log(dict(step=step + 1, **figures, seconds=seconds, tokens_per_s=tokens_per_s))
+            if save and (stop or (step + 1) % save_every == 0):
+                save(step + 1)
+            if stop:
+                return step + 1, "interrupted"
+    return config.steps, None
 
 
 @contextlib.contextmanager
 def finish_the_step():
-    """A list that Ctrl-C, or SIGTERM as clusters send it, puts something into; a second one interrupts at once.
+    """A list that gets the signal when Ctrl-C or SIGTERM (as clusters send it) asks us to stop.
 
-    For a stop in the middle of an update would leave gates of two steps.
+    Stopping in the middle of an update would leave a mix of two steps in the gates, so the loop
+    looks into the list after each step. A second Ctrl-C interrupts at once.
     """
-    def ask(number, frame):
-        asked.append(number)
+    signals = []
+
+    def ask_to_stop(number, frame):
+        signals.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    asked, before = [], {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask_to_stop)
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class Samples(Dataset):
-    """samples[n]: those of step n that are this process's, (ids, weights) each, by draw(rng, length) of its own number.
-    """
-
-    def __init__(self, draw, recipe):
-        self.draw, self.recipe, self.steps, (self.rank, self.size) = draw, recipe, plan(recipe), rank_and_size()
-
-    def __getitem__(self, step):
-        length, first, rows = self.steps[step]
-        return [self.draw(random.Random(f"{self.recipe.seed}/{n}"), length)
-                for n in range(first + self.rank, first + rows, self.size)]
+def num_workers(device):
+    """Processes that make samples: a GPU waits for a single one; a CPU has enough to do."""
+    if device.type != "cuda":
+        return 0
+    _, world_size = rank_and_world_size()
+    return max(0, min(12, (os.cpu_count() or 1) // world_size - 1))
 
 
-def workers(device):
-    """How many processes may draw samples beside a GPU, which is faster than one; none beside a CPU, which is busy."""
-    return max(0, min(12, (os.cpu_count() or 1) // rank_and_size()[1] - 1)) if device.type == "cuda" else 0
+def ignore_ctrl_c(worker):
+    """For workers: Ctrl-C is for the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def leave_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # to the process that trains
+# -------------------------------------------------------------------------------- several processes
+
+def rank_and_world_size():
+    """(number of this process, how many there are)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def train(model, gates, optimizer, samples, recipe, done=0, how=None, save=None, save_every=50, log=None):
-    """The steps after `done`. Returns (steps done, None or why there are not more of them).
-
-    samples: see `Samples`. how: see `fit`. save(steps done) and log(a dict) are called if given. A step's samples go
-    through a few at a time and their gradients add up: memory is that of a few, and several processes may share them.
-    If a loss or gradient is not finite, the gates go back to the last that had a finite one.
-    """
-    steps, parameters = plan(recipe), list(gates.parameters())
-    batches = DataLoader(samples, None, sampler=range(done, recipe.steps), num_workers=workers(model.device),
-                         worker_init_fn=leave_ctrl_c)
-    total, over = (sum(n * rows for n, _, rows in part) for part in (steps, steps[:done]))
-    good, shown = None, math.nan
-    with finish_the_step() as asked, tqdm(total=total, initial=over, unit=" tokens", unit_scale=True,
-                                          mininterval=1) as bar:
-        start = time.perf_counter()
-        for step, here in enumerate(batches, done):
-            (length, _, rows), ask_hard = steps[step], step % 25 == 0 or step == recipe.steps - 1
-            at_once, checkpoint = how[length] if how else (1, False)
-            sums = torch.zeros(6, device=model.device)
-            for n in range(0, len(here), at_once):
-                some = here[n:n + at_once]
-                soft, hard, cost, g = distill(model, gates, some, checkpoint, ask_hard)
-                ((soft + recipe.lam * cost) * len(some) / rows).backward()
-                admitted = torch.stack([(row >= gates.tau).float().mean() for row in g]).mean().item()
-                figures = torch.tensor([soft.item(), hard, cost.item(), admitted], device=model.device)
-                sums[:4] += figures * len(some) / rows
-                sums[4] += sum(len(ids) for ids, _ in some)
-            gradients, sums[5] = [p.grad for p in parameters], len(asked)
-            add_up([*gradients, sums])
-            soft, hard, cost, admitted, tokens, stop = sums.tolist()
-            norm = torch.nn.utils.get_total_norm(gradients).item()
-            if not math.isfinite(soft + cost + norm):
-                with torch.no_grad():
-                    for p, last in zip(parameters, good or parameters):
-                        p.copy_(last)
-                return step - bool(good), f"step {step + 1}: the loss or its gradient is not finite"
-            good = [p.detach().clone() for p in parameters]
-            optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            now, shown = time.perf_counter(), hard if ask_hard else shown
-            start, seconds = now, now - start
-            if log:
-                log(dict(step=step + 1, loss=soft + recipe.lam * cost, soft=soft, hard=hard if ask_hard else None,
-                         cost=cost, admitted=admitted, gradient=norm, length=length, seconds=seconds,
-                         tokens_per_s=tokens / seconds))
-            bar.set_postfix_str(f"step {step + 1}/{recipe.steps}, soft {soft:.4f}, hard {shown:.4f}, "
-                                f"admitted {admitted:.1%}", refresh=False)
-            bar.update(length * rows)
-            if save and (stop or (step + 1) % save_every == 0):
-                save(step + 1)
-            if stop:
-                return step + 1, "interrupted"
-    return recipe.steps, None
+def all_reduce(gradients, sums):
+    """Sum gradients, in place, and a dict of numbers over the processes, in a single exchange."""
+    if not dist.is_initialized():
+        return dict(sums)
+    numbers = torch.tensor([*sums.values()], dtype=torch.float32, device=gradients[0].device)
+    tensors = [*gradients, numbers]
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+    return dict(zip(sums, numbers.tolist()))
 
 
-# ------------------------------------------------------------------------------------------------------- going on later
+def torchrun_processes():
+    """How many processes torchrun started; 1 without it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 1
+    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in others if name not in os.environ]
+    if missing or not size.isdecimal():
+        why = f"{', '.join(missing)} not set" if missing else "that is no number"
+        raise UserError(f"WORLD_SIZE is {quoted(size)}, but {why}: start several processes with "
+                        "torchrun, or unset WORLD_SIZE")
+    return int(size)
 
-def save_resume(path, gates, optimizer, done, settings):
-    """All that a run needs to go on."""
-    save_whole(path, dict(done=done, settings=settings, gates=gates.state_dict(), optimizer=optimizer.state_dict()))
 
-
-def save_whole(path, state):
-    """torch.save beside the name, then renamed: a kill leaves the last one whole. UserError if it cannot be written."""
+@contextlib.contextmanager
+def process_group(args):
+    """Join the processes that torchrun started, if it did. Only the first one prints anything."""
+    if torchrun_processes() == 1:
+        yield
+        return
+    if torch.cuda.is_available() and args.device is None:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_gpu = (args.device or "cpu").startswith("cuda")
     try:
-        torch.save(state, f"{path}.part")
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
-
-
-def load_resume(path, gates, optimizer, settings):
-    """Fills gates and optimizer; returns the steps done. UserError for the state of another run, or of no run."""
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"the processes cannot find each other: {reason(e)}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)     # never runs what is in the file
-        differing = [f"{k} {state['settings'][k]} there, {v} here" for k, v in settings.items()
-                     if state["settings"][k] != v]
-        if not differing:
-            gates.load_state_dict(state["gates"])
-            optimizer.load_state_dict(state["optimizer"])
-            return state["done"]
-    except Exception as e:                                           # a broken pickle raises almost anything
-        why = (str(e) or repr(e)).splitlines()[0]
-        raise UserError(f"{path} cannot be read as the state of a run: {why}") from None
-    raise UserError(f"{path} is of another run: {', '.join(differing)}; give the same, or leave out --resume")
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
-def start_log(path, done):
-    """Empty, or for a run that goes on, without the lines after step `done`: those will be written once more."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if done and os.path.exists(path) else []
-    write_whole(path, "".join(lines[:done]))
+# ------------------------------------------------------------------------------- the files of a run
+
+MOMENTS = ("exp_avg", "exp_avg_sq")         # AdamW's
 
 
-def write_log(path, figures):
+class RunFiles:
+    """OUT.resume and OUT.log.jsonl, which a training writes on its way.
+
+    OUT.resume is a safetensors file, so that nothing in it can run: the gates, AdamW's moments of
+    them (NAME.exp_avg, NAME.exp_avg_sq), and as metadata the steps done and the run's settings.
+    A full disk does not end a training, it is only remarked on: the gates in memory are worth more
+    than the file, and the next attempt may succeed.
+    """
+
+    def __init__(self, out, gates, optimizer, settings):
+        self.resume_path = f"{out}.resume"
+        self.log_path = f"{out}.log.jsonl"
+        self.gates = gates
+        self.optimizer = optimizer
+        self.settings = settings
+        self.saved = None                   # how many steps OUT.resume holds
+        self.unlogged = []                  # lines that the disk had no room for
+        self.last_remark = ""
+
+    def remark(self, error):
+        if str(error) != self.last_remark:
+            say(f"\n{error}: the training goes on")
+            self.last_remark = str(error)
+
+    def save(self, done):
+        """Write OUT.resume after so many steps."""
+        tensors = {}
+        for name, p in self.gates.named_parameters():
+            tensors[name] = p.detach()
+            for moment in MOMENTS:
+                tensors[f"{name}.{moment}"] = self.optimizer.state[p][moment]
+        metadata = dict(done=str(done), settings=json.dumps(self.settings))
+        try:
+            with replacing(self.resume_path) as part:
+                save_file(tensors, part, metadata)
+            self.saved = done
+        except UserError as e:
+            self.remark(e)
+
+    @torch.no_grad()
+    def load(self):
+        """Fill gates and optimizer from OUT.resume; returns the steps done.
+
+        UserError if it is the state of another run, or of none. Nothing is filled before all of it
+        has been looked at.
+        """
+        path = self.resume_path
+        check_regular(path)
+        with reading(path, "read as the state of a run"):
+            file = open_tensors(path)
+            metadata = file.metadata() or {}
+            if not {"done", "settings"} <= metadata.keys():
+                raise ValueError("its metadata says nothing about a run")
+            there = json.loads(metadata["settings"])
+            differing = [f"{key} {quoted(there[key])} there, {quoted(value)} here"
+                         for key, value in self.settings.items() if there[key] != value]
+            if differing:
+                raise UserError(f"{path} is of another run: {', '.join(differing)}; give the same, "
+                                "or leave out --resume")
+            done = check_number(path, "done", int(metadata["done"]), 1, self.settings["steps"],
+                                whole=True)
+            tensors = {}
+            for name, p in self.gates.named_parameters():
+                for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
+                    t = tensors[key] = file.get_tensor(key).to(p.device, copy=True)
+                    if t.shape != p.shape or t.dtype != p.dtype:
+                        raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, not {p.dtype} "
+                                         f"{tuple(p.shape)}")
+        for name, p in self.gates.named_parameters():
+            p.copy_(tensors[name])
+            state = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
+            self.optimizer.state[p] = dict(state, step=torch.tensor(float(done)))
+        self.saved = done
+        return done
+
+    def start_log(self, done):
+        """Begin the log. A resumed run drops the lines after step `done`: it writes them again."""
+        lines = []
+        if done and os.path.exists(self.log_path):
+            lines = read_text(self.log_path, most=None).splitlines(keepends=True)
+        write_text(self.log_path, "".join(lines[:done]))
+
+    def log(self, figures):
+        """Append a line to the log, and those that the disk had no room for before."""
+        self.unlogged.append(json.dumps(figures) + "\n")
+        try:
+            append_whole(self.log_path, "".join(self.unlogged))
+            self.unlogged = []
+        except OSError as e:
+            self.remark(f"{self.log_path} cannot be written: {reason(e)}")
+
+    def write_gates(self, out, model, done, config):
+        """Write OUT. If that fails, say from where the run can be continued."""
+        self.gates.eval().requires_grad_(False)
+        try:
+            self.gates.save(out, model, config.lam, json.dumps(asdict(config)))
+        except UserError as e:
+            state = "and no state of the run was saved"
+            if self.saved:
+                state = (f"but {self.resume_path} has the run after step {self.saved}: make room, "
+                         "then give the same command with --resume")
+            raise UserError(f"{e}, {state}") from None
+
+    def remove_resume(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.resume_path)
+
+
+def append_whole(path, text):
+    """Append to a file: all of the text or, where the disk is full, nothing of it."""
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):            # unbuffered: a full disk takes what it can
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def training_lock(out):
+    """UserError if another process is training OUT: the two would spoil each other's files.
+
+    The system ends a lock together with its process. So a killed run may leave the file OUT.lock
+    behind, but not the lock.
+    """
+    rank, _ = rank_and_world_size()
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+        import fcntl
+    except ImportError:                     # Windows
+        fcntl = None
+    if rank > 0 or fcntl is None:
+        yield
+        return
+    path = f"{out}.lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is writing {out}: wait for it, or give another "
+                            "--out") from None
+        except OSError as e:                # some network file systems have no locks
+            say(f"{path}: {reason(e)}: see to it that no other training writes {out}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------ validation and evaluation
 
-def validate(model, gates, draw, recipe):
-    """Distances and gates on 16 samples not trained on, alike many of each length: a dict for the log.
+@torch.no_grad()
+def validate(model, gates, make_sample, config):
+    """Losses and gates on about 16 samples that were not trained on, as a dict for the log.
 
-    heads: the share that each head admits, a list of Hkv for each layer. histogram: shares of g in tenths of 0 to 1.
+    admitted_by_head: the share that each head admits, one list of Hkv for each layer.
+    gate_histogram: the share of gates in each tenth of the range 0 to 1.
     """
-    lengths, sums = recipe.seq_len * max(1, 16 // len(recipe.seq_len)), 0
-    for n, length in enumerate(tqdm(lengths, desc="validation", unit=" samples", delay=1, leave=False)):
-        with torch.no_grad():
-            soft, hard, _, [g] = distill(model, gates, [draw(random.Random(f"{recipe.seed}/validation/{n}"), length)],
-                                         hard=True)
-        heads, tenths = (g >= gates.tau).float().mean(-1).cpu(), torch.histc(g.float(), 10, 0, 1).cpu() / g.numel()
-        sums = sums + torch.cat((torch.tensor([soft.item(), hard]), tenths, heads.flatten()))
-    (soft, hard), tenths, shares = (sums / len(lengths)).split([2, 10, heads.numel()])
-    say(f"validation: soft {soft:.4f}, hard {hard:.4f}, admitted {shares.mean():.1%} (a head {shares.min():.1%} to "
-        f"{shares.max():.1%}); gates in tenths of 0 to 1: {' '.join(f'{share:.0%}' for share in tenths)}")
-    return dict(samples=len(lengths), soft=soft.item(), hard=hard.item(), admitted=shares.mean().item(),
-                heads=shares.view_as(heads).tolist(), histogram=tenths.tolist())
+    lengths = config.seq_len * max(1, 16 // len(config.seq_len))
+    soft, hard, heads, tenths = [], [], [], []
+    with progress(len(lengths), "validation", "samples") as bar:
+        for n, length in enumerate(lengths):
+            sample = make_sample(random.Random(f"{config.seed}/validation/{n}"), length)
+            losses = distill(model, gates, [sample], with_hard=True)
+            [g] = losses.gates                                                  # (L, Hkv, T)
+            soft.append(losses.distill.item())
+            hard.append(losses.hard_distill)
+            heads.append((g >= gates.tau).float().mean(dim=-1).cpu())           # (L, Hkv)
+            tenths.append(torch.histc(g.float(), 10, 0, 1).cpu() / g.numel())   # (10,)
+            bar.update()
+
+    heads = torch.stack(heads).mean(dim=0)
+    tenths = torch.stack(tenths).mean(dim=0)
+    result = dict(samples=len(lengths), distill_loss=sum(soft) / len(soft),
+                  hard_distill_loss=sum(hard) / len(hard), admitted=heads.mean().item(),
+                  admitted_by_head=heads.tolist(), gate_histogram=tenths.tolist())
+    say(f"validation: distill loss {result['distill_loss']:.4f}, "
+        f"hard {result['hard_distill_loss']:.4f}, admitted {result['admitted']:.1%} "
+        f"(a head {heads.min():.1%} to {heads.max():.1%}); gates in tenths of 0 to 1: "
+        + " ".join(f"{share:.0%}" for share in tenths.tolist()))
+    return result
 
 
-def evaluate(model, text, make_kv, documents, batch=8, progress=lambda documents: None):
-    """Free greedy answers to the questions of documents: ([how right each is, 0 to 1], kept share after the bodies).
+def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: None):
+    """Free greedy answers to the questions of documents.
 
-    make_kv(documents of a batch) gives an empty cache. Each body is read once, each of its questions goes on from a
-    copy of its cache.
+    Returns ([score of each answer, 0 to 1], share of a dense cache that is kept after the bodies).
+    make_kv(documents of a batch) makes an empty cache. Each body is read once; every question then
+    continues from a copy of its cache.
     """
-    scores, kept, dense = [], 0, 0
+    scores = []
+    kept = 0
+    dense = 0
     for start in range(0, len(documents), batch):
         group = documents[start:start + batch]
         kv = make_kv(group)
-        prefill(model, kv, [text.encode(d.body) for d in group])
-        kept, dense = kept + kv.kept_bytes(), dense + kv.dense_bytes()
-        for n in range(max(len(d.questions) for d in group)):
-            asked = [d.questions[n % len(d.questions)] for d in group]
-            branch = kv.clone()
-            hidden = prefill(model, branch, [text.encode(question, begin=False) for question, _ in asked])
-            steps = max(len(text.encode(answer, begin=False, control=True)) for _, answer in asked)
-            said = [[] for _ in group]
-            for ids in decode(model, branch, hidden, steps, text.end):
-                for row, token in zip(said, ids):
-                    row.extend(() if token is None else (token,))
-            for d, (_, answer), row in zip(group, asked, said):
-                if n < len(d.questions):
-                    scores.append(tasks.correct(d.task, answer, text.decode(row)))
-        progress(len(group))
+        prefill(model, kv, [text.encode(document.body) for document in group])
+        kept += kv.kept_bytes()
+        dense += kv.dense_bytes()
+        # The n-th questions of all documents are a batch; a document with fewer repeats one.
+        for n in range(max(len(document.questions) for document in group)):
+            asked = [document.questions[n % len(document.questions)] for document in group]
+            answers = answer(model, text, kv.clone(), asked)
+            for document, (_, right_answer), given in zip(group, asked, answers):
+                if n < len(document.questions):
+                    scores.append(tasks.correct(document.task, right_answer, given))
+        report(len(group))
     return scores, kept / dense
 
 
-def final_table(model, text, gates, args, recipe):
-    """Recall of facts with everything, with the gates, and with the window alone, on documents not trained on."""
-    rng, length = random.Random(f"{recipe.seed}/final"), min(recipe.seq_len)
-    prose = read_text(args.data) if args.data else model_writes(model, text, 8192, recipe.seed + 1)
+def answer(model, text, kv, asked):
+    """The model's answers to asked, a (question, right answer) for each sequence of a cache."""
+    hidden = prefill(model, kv, [text.encode(question, begin=False) for question, _ in asked])
+    # As long as the right answers, whose last token is the end token: control=True.
+    lengths = [len(text.encode(right, begin=False, control=True)) for _, right in asked]
+    return write_texts(model, text, kv, hidden, max(lengths))
+
+
+def final_table(model, text, gates, args, config):
+    """Recall of hidden facts with the full cache, with the gates, and with the window only."""
+    rng = random.Random(f"{config.seed}/final")
+    length = min(config.seq_len)
+    if args.data:
+        prose = read_prose(args.data)
+    else:                                   # other prose than that of the training
+        prose = generate_prose(model, text, 8192, config.seed + 1)
     haystack = make_haystack(prose, args.data)
-    documents = [tasks.make("facts", haystack, length, text.tokenizer.encode, rng)[0] for _ in range(32)]
-    count = sum(len(d.questions) for d in documents)
-    print(f"facts recalled, {count} questions in documents of {length:,} tokens (W = {gates.window})")
+    documents = [tasks.make("facts", haystack, length, text.tokenizer.encode, rng)[0]
+                 for _ in range(32)]
+    nothing = RandomAdmission(0.0)
+    caches = {
+        "full attention": lambda group: DenseCache(model, len(group)),
+        "gated": lambda group: DualCache(model, gates, len(group)),
+        "window only": lambda group: DualCache(model, nothing, len(group), gates.window),
+    }
+    count = sum(len(document.questions) for document in documents)
+    print(f"facts recalled, {count} questions in documents of {length:,} tokens "
+          f"(W = {gates.window})")
     print(f"{'':14}{'kept':>8}{'recall':>9}")
     recalls = {}
-    for name, make_kv in (("full attention", lambda group: DenseCache(model, len(group))),
-                          ("gated", lambda group: DualCache(model, gates, len(group))),
-                          ("window only", lambda group: DualCache(model, RandomAdmission(0.0), len(group),
-                                                                  gates.window))):
-        with tqdm(total=len(documents), desc=name, unit=" documents", delay=1, leave=False) as bar:
-            scores, kept = evaluate(model, text, make_kv, documents, progress=bar.update)
+    for name, make_kv in caches.items():
+        with progress(len(documents), name, "documents") as bar:
+            scores, kept = evaluate(model, text, make_kv, documents, report=bar.update)
         recalls[name] = sum(scores) / len(scores)
         print(f"{name:14}{kept:8.1%}{recalls[name]:9.1%}", flush=True)
     return recalls
 
 
-# -------------------------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
-@contextlib.contextmanager
-def processes(args):
-    """Joins the processes that torchrun started, if it did; all but the first keep silent, unless they fail."""
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if torch.cuda.is_available() and args.device is None:
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            dist.init_process_group("nccl" if (args.device or "cpu").startswith("cuda") else "gloo")
-            stack.callback(dist.destroy_process_group)
-            if dist.get_rank() > 0:
-                quiet = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(quiet))
-                stack.enter_context(contextlib.redirect_stderr(quiet))
-        yield
+def parse(argv):
+    """The arguments, and the config: the model's preset, changed by the options that were given."""
+    parser = Parser(description=__doc__.partition("\n")[0], epilog=EXAMPLES)
+    model_options(parser)
+    add_config_options(parser)
+    group = parser.add_argument_group("files")
+    group.add_argument("--out", default="gates.safetensors", metavar="FILE",
+                       help="where the gates go (default: gates.safetensors)")
+    group.add_argument("--resume", action="store_true",
+                       help="continue the run whose state is in OUT.resume")
+    group.add_argument("--save-every", type=whole(1), default=50, metavar="N",
+                       help="write OUT.resume every N steps (default: 50)")
+    group.add_argument("--recall", action="store_true",
+                       help="end with the table of recalled facts also after training on plain "
+                            "text, for a model that may not know how to answer")
+    group.add_argument("--convert", metavar="FILE.pt",
+                       help="do not train: convert these official gates to OUT")
+    args = parser.parse_args(argv)
+
+    given = {}
+    for field in fields(TrainConfig):
+        if getattr(args, field.name) is not None:
+            given[field.name] = getattr(args, field.name)
+    config = replace(BUNDLED if is_bundled(args) else PAPER, **given)
+    check(args, config)
+    return args, config
 
 
-def is_bundled(args):
-    return Path(args.model).resolve() == HERE / "tiny"
+def add_config_options(parser):
+    """An option for each field of TrainConfig; only --seed is one of every program's."""
+    def option(group, name, type, text, metavar="N"):
+        paper, bundled = getattr(PAPER, name), getattr(BUNDLED, name)
+        default = show(paper)
+        if bundled != paper:
+            default += f"; {show(bundled)} for the bundled model"
+        group.add_argument("--" + name.replace("_", "-"), type=type, metavar=metavar,
+                           help=f"{text} (default: {default})")
+
+    def show(value):
+        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+    gates = parser.add_argument_group("gates")
+    option(gates, "lam", real(0, 1e9), "lambda, the weight of the sparsity loss: larger admits "
+           "less")
+    option(gates, "window", whole(1, 2**31 - 1), "W: so many recent tokens are always visible")
+    option(gates, "tau", real(1e-9, 1), "a token is admitted if its gate is at least this")
+    option(gates, "expansion", real(0.1, 64), "hidden width of a gate, in head dims")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="FILE_OR_FOLDER",
+                      help='text to train on: a text file, a .jsonl file with a "text" in each '
+                           "line, or a folder of .txt and .jsonl files (default: the model "
+                           "writes it)")
+    data.add_argument("--tasks", nargs="?", const="asked", choices=[*tasks.MIXES],
+                      help="hide facts, lists, classes and passages in the text of --data: a mix "
+                           "of tiny/tasks.py (default, without --data: asked)")
+    data.add_argument("--chat", action="store_true", default=None,
+                      help="put each sample into the model's chat template, as a text to summarise")
+    option(data, "haystack_tokens", whole(1, 10**9), "how much the model writes without --data")
+    option(data, "answer_weight", real(0, 1e9), "weight of an answer's token in the distillation "
+           "loss; any other token weighs 1")
+
+    training = parser.add_argument_group("training")
+    option(training, "seq_len", lengths, "tokens a sample, several lengths with commas between "
+           "them; twice the length, half as many samples", metavar="N,N")
+    option(training, "tokens_per_step", whole(1, 2**31), "at least: a step has whole samples of "
+           "one length")
+    option(training, "steps", whole(1, 10**6), "updates of the gates")
+    option(training, "lr", real(0, 1e9), "the peak learning rate")
+    option(training, "warmup", real(0, 1), "share of the steps in which the learning rate rises")
+    option(training, "weight_decay", real(0, 1e9), "of AdamW")
 
 
 def lengths(text):
-    return tuple(int(n) for n in text.split(","))
+    """The type of --seq-len: whole numbers with commas between them."""
+    return tuple(whole(256, 2**24)(n) for n in text.split(","))
 
 
-def parse(argv):
-    """The arguments, and the recipe: the model's preset with what was asked for put in."""
-    parser = Parser(description=__doc__.partition("\n")[0])
-    model_options(parser)
-    parser.add_argument("--data", metavar="FILE_OR_FOLDER", help="text to train on, instead of what the model writes: "
-                        "a text file, a .jsonl file with a \"text\" in each line, or a folder of .txt and .jsonl")
-    parser.add_argument("--out", default="gates.safetensors")
-    parser.add_argument("--resume", action="store_true", help="go on with the run whose state is in OUT.resume")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between two writings of OUT.resume (50)")
-    parser.add_argument("--recall", action="store_true", help="end with the table of recalled facts even after plain "
-                        "--data for another model than the bundled one, which may not know how to answer")
-    parser.add_argument("--convert", metavar="FILE.pt", help="do not train: write these official gates to OUT")
-    for f in fields(Recipe):
-        name = "--" + f.name.replace("_", "-")
-        if f.metadata["option"]:
-            parser.add_argument(name, default=None, help=f.metadata["help"], **f.metadata["option"])
-        elif f.name != "seed":                                       # that is one of model_options
-            paper, bundled = (str(getattr(preset, f.name)).strip("(,)").replace(" ", "") for preset in (PAPER, BUNDLED))
-            default = paper if paper == bundled else f"{paper}; {bundled} for the bundled model"
-            parser.add_argument(name, type=lengths if f.type is tuple else f.type, metavar="N",
-                                help=f"{f.metadata['help']} ({default})")
-    args = parser.parse_args(argv)
-    asked = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
-    recipe = replace(BUNDLED if is_bundled(args) else PAPER, **asked)
-    check(args, recipe)
-    return args, recipe
+def check(args, config):
+    """UserError for settings that are at odds with each other, before anything slow."""
+    if config.chat and (config.tasks or not args.data):
+        raise UserError("--chat is for the plain text of --data, not for --tasks or what the model "
+                        "writes")
+    check_lengths(config)
+    for suffix in ("", ".resume", ".log.jsonl"):
+        check_writable(args.out + suffix)
 
 
-def check(args, recipe):
-    """UserError for settings out of range or at odds with each other, before anything slow."""
-    shortest, longest, size = min(recipe.seq_len), max(recipe.seq_len), int(os.environ.get("WORLD_SIZE", 1))
-    for name, value, low in (("seq_len", shortest, 256), ("save_every", args.save_every, 1), *(
-            (name, getattr(recipe, name), low) for name, low in (
-                ("lam", 0), ("window", 1), ("expansion", 0.1), ("tokens_per_step", 1), ("steps", 1), ("lr", 0),
-                ("warmup", 0), ("weight_decay", 0), ("answer_weight", 0), ("haystack_tokens", 1)))):
-        if not value >= low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: should be at least {low}")
-    fewest = -(-recipe.tokens_per_step // longest)
-    for clash, message in ((not 0 < recipe.tau <= 1, f"--tau {recipe.tau}: should be above 0, and at most 1"),
-                           (recipe.warmup > 1, f"--warmup {recipe.warmup}: should be at most 1"),
-                           (recipe.window >= shortest, f"--window {recipe.window} should be smaller than --seq-len "
-                            f"{shortest}: no key would ever leave the window, and gates learn nothing"),
-                           (recipe.chat and (recipe.tasks or not args.data), "--chat is for the plain text of --data, "
-                            "not for --tasks or what the model writes"),
-                           (fewest < size, f"--tokens-per-step {recipe.tokens_per_step}: it should be at least "
-                            f"{size * longest}, a sample of {longest} tokens for each of {size} processes")):
-        if clash:
-            raise UserError(message)
-    check_writable(args.out)
+def check_lengths(config):
+    """UserError if samples are too short for the window, or too few for the processes."""
+    shortest, longest = min(config.seq_len), max(config.seq_len)
+    if config.window >= shortest:
+        raise UserError(f"--window {config.window} should be smaller than --seq-len {shortest}: no "
+                        "key would ever leave the window, and gates would learn nothing")
+    processes = torchrun_processes()
+    if math.ceil(config.tokens_per_step / longest) < processes:
+        raise UserError(f"--tokens-per-step {config.tokens_per_step}: it should be at least "
+                        f"{processes * longest}, a sample of {longest} tokens for each of "
+                        f"{processes} processes")
+
+
+def is_bundled(args):
+    """Is --model the bundled model?"""
+    return Path(args.model).resolve() == HERE / "tiny"
 
 
 def convert(args):
-    """Official gates as a file of ours. Of the model only shape and fingerprint matter: half precision will do."""
-    args.device, args.dtype = args.device or "cpu", args.dtype or "bfloat16"
+    """Write official gates as a file of ours. The model only gives shape and fingerprint."""
+    args.device = args.device or "cpu"
+    args.dtype = args.dtype or "bfloat16"
     model = load_model(args)
     gates = Gates.load_official(args.convert, model)
-    gates.window, gates.tau = args.window or gates.window, args.tau or gates.tau
+    gates.window = args.window or gates.window
+    gates.tau = args.tau or gates.tau
     gates.save(args.out, model, args.lam or 0.0)
     say(f"{args.out} written: {args.convert} with window {gates.window} and tau {gates.tau}")
 
 
-def samples(args, recipe, documents, model, text):
-    """Two draws, draw(rng, length) -> (ids, weights): to train on, to validate on (tasks: of the same prose, anew)."""
-    if args.data and not recipe.tasks:
-        return split_text(documents, text, recipe, args.data)
-    prose = "\n\n".join(documents) or model_writes(model, text, recipe.haystack_tokens, recipe.seed)
-    return [task_samples(make_haystack(prose, args.data), text.tokenizer.encode, recipe)] * 2
-
-
-def run(args, recipe):
-    """One training from beginning to end; the first of several processes does all the writing. Returns exit status."""
-    start, first, resume, log = time.time(), not rank_and_size()[0], f"{args.out}.resume", f"{args.out}.log.jsonl"
+def run(args, config):
+    """One training from beginning to end. Returns the exit status."""
+    started = time.time()
     documents = read_documents(args.data) if args.data else []
-    text, model = Text(args.model), load_model(args)
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
+    text = Text(args.model)
+    model = load_model(args)
     positions = model.config.max_positions
-    if args.seq_len is None:
-        recipe = replace(recipe, seq_len=tuple(n for n in recipe.seq_len if n <= positions) or (positions,))
-    torch.manual_seed(recipe.seed)
-    gates = Gates.for_model(model, window=recipe.window, tau=recipe.tau, expansion=recipe.expansion)
-    optimizer = torch.optim.AdamW(gates.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    recipe_json, done = json.dumps(asdict(recipe)), 0
-    settings = dict(json.loads(recipe_json), model=fingerprint(model), dtype=str(model.dtype),
-                    data=hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16])   # a path may change
-    going_on = args.resume and os.path.exists(resume)
-    if going_on:
-        done = load_resume(resume, gates, optimizer, settings)
-    how, estimate = fit(model, gates, recipe)
-    draw, draw_held_out = samples(args, recipe, documents, model, text)
-    say(f"recipe: {recipe_json}\n{estimate}")                        # only now: a mistake is to be one line
-    if max(recipe.seq_len) > positions:
-        say(f"warning: --seq-len {max(recipe.seq_len)}, and {args.model} was trained for {positions:,} positions")
-    if args.resume:
-        say(f"{resume}: going on after step {done}" if going_on else f"{resume} is not there: beginning at step 1")
-    elif os.path.exists(resume):
-        say(f"{resume} is there, of a run that was not completed: it will be overwritten (--resume would go on)")
-    if first:
-        start_log(log, done)
-    done, why = train(model, gates, optimizer, Samples(draw, recipe), recipe, done, how, save_every=args.save_every,
-                      save=first and (lambda done: save_resume(resume, gates, optimizer, done, settings)),
-                      log=first and (lambda figures: write_log(log, figures)))
-    if first and done:
-        gates.eval().requires_grad_(False).save(args.out, model, recipe.lam, recipe_json)
+    if args.seq_len is None:                # a preset's lengths, as far as the model knows them
+        known = tuple(n for n in config.seq_len if n <= positions)
+        config = replace(config, seq_len=known or (positions,))
+        check_lengths(config)
+
+    torch.manual_seed(config.seed)
+    gates = Gates.for_model(model, window=config.window, tau=config.tau, expansion=config.expansion)
+    optimizer = torch.optim.AdamW(gates.parameters(), config.lr, weight_decay=config.weight_decay)
+    files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
+    resuming = args.resume and os.path.lexists(files.resume_path)
+    done = files.load() if resuming else 0
+    micro_batches, estimate = plan_micro_batches(model, gates, config)
+    make_sample, make_held_out = make_samples(args.data, documents, config, model, text)
+
+    # Nothing is printed earlier: a mistake should be one line.
+    say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
+    if max(config.seq_len) > positions:
+        say(f"warning: --seq-len {max(config.seq_len)}, and {args.model} was trained for "
+            f"{positions:,} positions")
+    if resuming:
+        say(f"{files.resume_path}: continuing after step {done}")
+    elif args.resume:
+        say(f"{files.resume_path} is not there: beginning at step 1")
+    elif os.path.exists(files.resume_path):
+        say(f"{files.resume_path} is there, from a run that was not completed: it will be "
+            "overwritten (--resume would continue it)")
+
+    is_first = rank_and_world_size()[0] == 0
+    if is_first:
+        files.start_log(done)
+    done, why = train(model, gates, optimizer, Samples(make_sample, config), config, done,
+                      micro_batches, log=files.log if is_first else None,
+                      save=files.save if is_first else None, save_every=args.save_every)
+    if is_first:
+        return finish(args, config, model, text, files, make_held_out, done, why,
+                      time.time() - started)
+    return {None: 0, "interrupted": 130}.get(why, 2)
+
+
+def run_settings(config, model, documents):
+    """What must be the same for a run to be continued. Not the path of --data: that may change."""
+    data = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
+    return dict(json.loads(json.dumps(asdict(config))), model=fingerprint(model),
+                dtype=str(model.dtype), data=data)
+
+
+def finish(args, config, model, text, files, make_held_out, done, why, seconds):
+    """After the last step: write the gates, then measure them. Returns the exit status."""
+    if why is None:
+        # First the state of the run: if there is no room for the gates, it can be resumed.
+        files.save(done)
+    if done:
+        files.write_gates(args.out, model, done, config)
     if why == "interrupted":
-        say(f"\ninterrupted: {args.out} has the gates after step {done}; --resume goes on from there")
+        say(f"\ninterrupted: {args.out} has the gates after step {done}; --resume continues there")
         return 130
-    if not first:
-        return 2 if why else 0
     if why:
-        raise UserError(f"{why}; " + (f"{args.out} has the gates after step {done}; " if done else "") +
-                        f"a lower --lr than {recipe.lr} may help")
-    say(f"{args.out} written after {time.time() - start:.0f} s; try: python generate.py --model {args.model} "
-        f"--gates {args.out}")
-    write_log(log, dict(validation=validate(model, gates, draw_held_out, recipe)))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(resume)
-    if args.recall or recipe.tasks or not args.data or is_bundled(args):
-        final_table(model, text, gates, args, recipe)
+        written = f"{args.out} has the gates after step {done}; " if done else ""
+        raise UserError(f"{why}; {written}a lower --lr than {config.lr} may help")
+
+    command = shlex.join(["python", "generate.py", "--model", args.model, "--gates", args.out])
+    say(f"{args.out} written after {seconds:.0f} s; try: {command}")
+    files.log(dict(validation=validate(model, files.gates, make_held_out, config)))
+    files.remove_resume()
+    if args.recall or config.tasks or not args.data or is_bundled(args):
+        final_table(model, text, files.gates, args, config)
     return 0
 
 
 def main(argv=None):
-    args, recipe = parse(argv)
+    args, config = parse(argv)
     if args.convert:
         convert(args)
         return 0
-    with processes(args):
-        return run(args, recipe)
+    with process_group(args), training_lock(args.out):
+        return run(args, config)
 
 
 if __name__ == "__main__":

@@ -316,12 +316,12 @@ class Experiment:
             files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
             return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
         if name == "books":
-            return train.read_text(self.args.books)
+            return train.read_prose(self.args.books)
         if name == "data" and self.args.data:
-            return train.read_text(self.args.data)
+            return train.read_prose(self.args.data)
         # The model writes two texts: questions never stand in the one that gates were trained on.
         seed = self.args.seed if name == "own for training" else self.args.seed + 1
-        return train.model_writes(self.model, self.text, self.config.haystack_tokens, seed)
+        return train.generate_prose(self.model, self.text, self.config.haystack_tokens, seed)
 
     @functools.cache
     def haystack(self, name):
@@ -467,7 +467,7 @@ def gates_file(args):
 
 def identity(path):
     """[name, digest of the text] of a file or folder: it may move, but not change."""
-    return path and [Path(path).name, digest(train.read_text(path))]
+    return path and [Path(path).name, digest(train.read_prose(path))]
 
 
 def leave_out(gates, inputs):

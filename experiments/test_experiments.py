@@ -281,7 +281,7 @@ def test_every_experiment_measures_what_its_rows_say(toy, tmp_path, monkeypatch)
     monkeypatch.setattr(quality, "matched", lambda make, *others: make(0.5))
     monkeypatch.setattr(quality, "rank_heads", lambda *others: torch.arange(32).view(8, 4))
     monkeypatch.setattr(train, "train", lambda *args, **more: (1, None))
-    monkeypatch.setattr(train, "model_writes", lambda *args: STORY)
+    monkeypatch.setattr(train, "generate_prose", lambda *args: STORY)
 
     def rows(item):
         scored.clear()
@@ -312,11 +312,11 @@ def test_what_gates_are_trained_on(toy, tiny, monkeypatch):
     model, text = tiny
     wrote = []
 
-    def model_writes(*args):
+    def generate_prose(*args):
         wrote.append(args)
         return STORY.replace(" the ", " ZZ ")
 
-    monkeypatch.setattr(train, "model_writes", model_writes)
+    monkeypatch.setattr(train, "generate_prose", generate_prose)
     x = quality.Experiment(5, model, quality.parse(toy))
     draws = {"both": x.draw("both")}
     assert len(wrote) == 1
@@ -382,7 +382,7 @@ def test_the_quick_run_needs_nothing_from_outside(monkeypatch, capsys):
     """What CI runs: all tasks, with the gates between full attention and the window alone."""
     # At 256 tokens the ring alone would be half of the cache.
     monkeypatch.setattr(quality, "QUICK", dict(cases=2, length=512, haystack_tokens=64))
-    monkeypatch.setattr(train, "model_writes", lambda *args: STORY)         # 20 s of a CPU
+    monkeypatch.setattr(train, "generate_prose", lambda *args: STORY)         # 20 s of a CPU
     assert quality.main(["--quick", "--device", "cpu"]) == 0
     full, gates, window = capsys.readouterr().out.splitlines()
     assert full.startswith("full attention: kept 100.0%")
