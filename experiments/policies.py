@@ -64,7 +64,7 @@ class HeadwiseAdmission:
         self.is_full = ranking < num_full                       # (L, Hkv)
 
         # share * num_heads is rarely a whole number. What is left of a head pays for a wider window
-        # in all heads, so that any number of bytes can be met in documents of `length` tokens.
+        # in all heads, in documents of `length` tokens: so the bytes of the gates are met closely.
         left_over = share * num_heads - num_full
         self.window = window + round(left_over * (length - window) / num_heads)
 
@@ -228,8 +228,9 @@ def matched(make, kept, model, text, documents):
     """make(share) with the share that keeps `kept` of a dense cache's bytes, found by bisection.
 
     The bytes are measured on `documents`. They grow in steps: where all heads agree, the least step
-    is a page for every head. We then take the step above `kept`, and the largest share that still
-    needs no further page, so that the simpler policy is never the one with fewer bytes.
+    is a page for every head. We then take the step above `kept`, and the largest share that needs
+    no further page: the simpler policy should not be the one with fewer bytes. (HeadwiseAdmission
+    may end a little below: with one full head more, all windows shrink again.)
     """
     bodies = [text.encode(d.body) for d in documents]
 

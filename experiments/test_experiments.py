@@ -170,7 +170,7 @@ def test_recorded_attention_by_hand():
     torch.testing.assert_close(recorder.mass[0][0, :, 1], torch.stack((head_0, head_1)))
 
 
-@pytest.mark.parametrize("name", ("sliding window", "whole heads", "rare tokens"))
+@pytest.mark.parametrize("name", ("sliding window", "uniform random", "rare tokens", "whole heads"))
 def test_simpler_policies_keep_as_many_bytes(name, tiny):
     """A comparison that gives one side more bytes than the other."""
     model, text = tiny
@@ -184,13 +184,17 @@ def test_simpler_policies_keep_as_many_bytes(name, tiny):
 
     kv = cache_after(policies.matched(make, 0.4, model, text, documents), tiny, documents)
     kept = kv.kept_bytes() / kv.dense_bytes()
+    page_in_each_head = (P + 6) / int(kv.num_tokens)        # 6: positions, gates and page tables
+    if name == "sliding window":
+        assert 0.4 <= kept < 0.4 + page_in_each_head
+        assert -kv.window % P < 2                           # no page is left half full
     if name == "rare tokens":
-        # All heads agree, so the least step is a page for each head, and no page is left half full.
-        per_head = kv.num_promoted() / (kv.L * kv.Hkv)
-        assert 0.4 <= kept < 0.4 + (P + 6) / 390
-        assert -per_head % P < 8
-    else:
-        assert 0.38 < kept < 0.41
+        assert 0.4 <= kept < 0.4 + page_in_each_head
+        assert -kv.num_promoted() / (kv.L * kv.Hkv) % P < 8
+    if name == "uniform random":
+        assert 0.4 <= kept < 0.4 + page_in_each_head / 16   # a page in two heads of 32
+    if name == "whole heads":
+        assert abs(kept - 0.4) < 1 / 32                     # one head of 32
 
 
 # ----------------------------------------------------------------------------------------- scores
