@@ -683,7 +683,7 @@ COLUMNS = dict(
 
 def run(name, model, args):
     """Run one bench, print its rows as they come, and yield them."""
-    widths = {column: max(len(column), 13) + 1 for column in COLUMNS[name].split()}
+    widths = {column: max(len(column), 14) + 1 for column in COLUMNS[name].split()}
     print(f"\n{name}. {BENCHES[name].__doc__}")
     print("".join(f"{column:>{width}}" for column, width in widths.items()))
     free_memory(model.device)
