@@ -395,11 +395,11 @@ def prefill(model, kv, prompts, chunk=4096, progress=lambda tokens: None):
     Returns the hidden state (B, hidden_size) of each prompt's last token. A long prompt goes
     through the model in chunks, so that activations stay small. Shorter prompts are padded.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts])         # (B,), on the host
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")       # (B,)
     longest = int(lengths.max())
     if int(lengths.min()) < 1:
         raise ValueError("a prompt needs at least one token")
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)       # (B, longest)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device="cpu")     # (B, longest)
     for b, prompt in enumerate(prompts):
         tokens[b, :len(prompt)] = torch.tensor(prompt)
     padded = bool((lengths < longest).any())

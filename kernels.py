@@ -501,7 +501,7 @@ def stages(DP, dtype):
 #
 #     tile       0  1  2 | 3  4  5 | 6  7  8 | 9 10 11        tile_starts  0 5 6 12
 #     row        0  0  0 | 0  0  1 | 2  2  2 | 2  2  2        first_row    0 0 2 2
-#     program    0       | 1       | 2       | 3
+#     program    0       | 1       | 2       | 3              first_tile   0 3 0 3 (in that row)
 #
 # Row 0 has partials from programs 0 and 1, row 1 is written by program 1 alone, row 2 has
 # partials from 2 and 3. A partial's slot is program + row (0, 1 and 4, 5): from one partial to
@@ -516,12 +516,14 @@ class DecodePlan(NamedTuple):
     ring_pages: int
     window: int
     tile_starts: torch.Tensor       # (L, rows + 1) int32: the tiles before each row, then all
-    first_row: torch.Tensor         # (L, programs) int32: the row where a program's share begins
+    first_row: torch.Tensor         # (L, programs) int32: the row where a program's share begins,
+    first_tile: torch.Tensor        # (L, programs) int32: and with which tile of it
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def plan_kernel(counts, tile_starts, first_row, rows, R, counts_l, PROGRAMS: tl.constexpr,
-                LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
+                PROGRAMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+                STEPS: tl.constexpr, P: tl.constexpr):
     """One program: one layer. LANES >= PROGRAMS, ROWS >= rows, STEPS = log2 ROWS."""
     layer = tl.program_id(0)
     counts += layer.to(tl.int64) * counts_l
@@ -542,7 +544,9 @@ def plan_kernel(counts, tile_starts, first_row, rows, R, counts_l, PROGRAMS: tl.
         later = row + (ROWS >> (step + 1))
         start = tl.load(tile_starts + later, later < rows, 2**31 - 1)
         row = tl.where(start <= tile, later, row)
+    tile -= tl.load(tile_starts + row)
     tl.store(first_row + layer * PROGRAMS + lane, row, lane < PROGRAMS)
+    tl.store(first_tile + layer * PROGRAMS + lane, tile.to(tl.int32), lane < PROGRAMS)
 
 
 def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, programs=None):
@@ -560,17 +564,20 @@ def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, prog
             programs = torch.cuda.get_device_properties(device).multi_processor_count
     tile_starts = torch.empty(L, rows + 1, device=device, dtype=torch.int32)
     first_row = torch.empty(L, programs, device=device, dtype=torch.int32)
+    first_tile = torch.empty_like(first_row)
     ROWS = triton.next_power_of_2(rows)
-    plan_kernel[(L,)](counts, tile_starts, first_row, rows, ring_pages, counts.stride(0),
-                      PROGRAMS=programs, LANES=triton.next_power_of_2(programs), ROWS=ROWS,
+    plan_kernel[(L,)](counts, tile_starts, first_row, first_tile, rows, ring_pages,
+                      counts.stride(0), PROGRAMS=programs,
+                      LANES=triton.next_power_of_2(programs), ROWS=ROWS,
                       STEPS=ROWS.bit_length() - 1, P=page_size)
-    return DecodePlan(counts, num_tokens, num_new, ring_pages, window, tile_starts, first_row)
+    return DecodePlan(counts, num_tokens, num_new, ring_pages, window, tile_starts, first_row,
+                      first_tile)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, tile_starts,
-                  first_row, partial_o, partial_m, partial_l, arrivals, out, scale, rows, heads,
-                  columns, R, W, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                  first_row, first_tile, partial_o, partial_m, partial_l, arrivals, out, scale,
+                  rows, heads, columns, R, W, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
                   DP: tl.constexpr, P: tl.constexpr, GM: tl.constexpr, COMBINE: tl.constexpr):
     """softmax(q k / sqrt(D)) v for one query a head over all that its row holds.
 
@@ -586,6 +593,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     tile = (total * pid // programs).to(tl.int32)
     end = tl.where(pid < programs, total * (pid + 1) // programs, 0).to(tl.int32)
     row = tl.load(first_row + pid)
+    first = tl.load(first_tile + pid)
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     slot = tl.arange(0, P)
@@ -593,16 +601,16 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     offsets = slot[:, None] * D + d[None, :]                # of a page's K or V, (P, DP)
 
     while tile < end:
-        # This program's part of one row: the row's tiles first .. last - 1.
+        # This program's part of one row: the row's tiles first .. last - 1. All these loads can
+        # be in flight together; only K and V have to wait for one of them, the page.
+        table = page_table + row.to(tl.int64) * columns
+        page = tl.load(table + first)
         start = tl.load(tile_starts + row)
         stop = tl.load(tile_starts + row + 1)
-        first = tile - start
         last = tl.minimum(end, stop) - start
         count = tl.load(counts + row).to(tl.int32)
         tokens = tl.load(num_tokens + row // heads) + tl.load(num_new + row // heads)
         in_ring = tl.minimum(tokens, W).to(tl.int32)
-        table = page_table + row.to(tl.int64) * columns
-        page = tl.load(table + first)
         q_offsets = (row * G + g).to(tl.int64)[:, None] * D + d[None, :]
         Q = tl.load(q + q_offsets, q_mask, 0.)              # (GP, DP)
         m = tl.full([GP], INITIAL_MAX, tl.float32)
@@ -639,6 +647,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
                 tl.store(arrivals + row, 0)                 # as the next launch expects it
         tile = start + last
         row += 1
+        first = 0
 
 
 @triton.jit
@@ -694,9 +703,10 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
     out = torch.empty_like(q)
     decode_kernel[(programs,)](
         q, page_k, page_v, page_table, plan.counts[layer], plan.num_tokens, plan.num_new,
-        plan.tile_starts[layer], plan.first_row[layer], partial_o, partial_m, partial_l,
-        arrival_counters(q.device, rows), out, 1 / math.sqrt(D) / math.log(2), rows, Hkv,
-        page_table.stride(1), plan.ring_pages, plan.window, G=G, GP=GP, D=D, DP=DP,
+        plan.tile_starts[layer], plan.first_row[layer], plan.first_tile[layer], partial_o,
+        partial_m, partial_l, arrival_counters(q.device, rows), out,
+        1 / math.sqrt(D) / math.log(2), rows, Hkv, page_table.stride(1), plan.ring_pages,
+        plan.window, G=G, GP=GP, D=D, DP=DP,
         P=page_k.shape[1], GM=GM, COMBINE=max(1, min(32, 16384 // (GM * DP))), num_warps=4,
         num_stages=6 if on_hopper(q) else stages(DP, q.dtype))
     return out

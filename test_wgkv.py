@@ -747,8 +747,8 @@ def test_kernels_equal_their_references(B, Hkv, G, W, D, calls, share, monkeypat
         errors.append((got - want).abs().max().item())
         return want
 
-    def both_decode(q, k, v, owner, seen):
-        want = decode(q, k, v, owner, seen)
+    def both_decode(q, k, v, owner, hidden):
+        want = decode(q, k, v, owner, hidden)
         for programs in (1, 3, 16):
             plan = kernels.plan_decode(cache.counts, cache.num_tokens, cache.num_new, cache.R, W, P, programs)
             got = kernels.decode_attention(q.view(B, -1, 1, D), *pools(math.nan), cache.page_table[0], plan, 0)
@@ -781,7 +781,9 @@ def test_plan_of_decode(counts, ring_pages, programs):
         starts = [tiles.index(row) for row in range(len(row_counts))]
         assert plan.tile_starts[layer].tolist() == [*starts, len(tiles)]
         active = min(programs, len(tiles))
-        assert plan.first_row[layer, :active].tolist() == [tiles[len(tiles) * n // active] for n in range(active)]
+        first = [len(tiles) * n // active for n in range(active)]
+        assert plan.first_row[layer, :active].tolist() == [tiles[tile] for tile in first]
+        assert plan.first_tile[layer, :active].tolist() == [tile - starts[tiles[tile]] for tile in first]
 
 
 @pytest.mark.parametrize("window, G, D, rate", [(1, 1, 16, 0.5), (17, 3, 24, 0.3), (64, 4, 16, 0.9)])

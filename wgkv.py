@@ -503,13 +503,17 @@ class Cache:
         self.device = model.device
         self.dtype = model.dtype
         self.kernels = kernels_for(torch.empty(self.D, device=self.device))
-        self.base = self            # of a view: the cache that it is a view of
+        self.view_of = None         # of a view: the whole cache
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.expected = 0           # tokens a sequence will hold, where someone has said so
-        self.reserved = (self, 0)   # who may make how many more tokens without asking for room
+        self.room = (0, batch, 0)   # sequences (first, count) may add so many tokens without asking
         self.in_call = False
+
+    @property
+    def base(self):
+        return self if self.view_of is None else self.view_of
 
     @property
     def num_tokens(self):
@@ -525,6 +529,7 @@ class Cache:
         """A view of `count` sequences from `first` on: a cache too, in the same memory."""
         assert 0 <= first and first + count <= self.B, f"rows {first} + {count} of {self.B}"
         view = copy.copy(self)
+        view.view_of = self.base
         view.first = self.first + first
         view.B = count
         return view
@@ -539,21 +544,26 @@ class Cache:
                                "have its tokens, others do not. reset() the cache.")
         self.base.in_call = True
         num_tokens = self.num_tokens
+        self.padded = lengths is not None
         if lengths is None:
             self.num_new = num_tokens.new_full((self.B,), T)
         else:
             self.num_new = lengths.to(num_tokens)
         self.positions = num_tokens[:, None] + torch.arange(T, device=self.device)
-        owner, room = self.base.reserved
-        if owner is not self or room < T:
+        first, count, room = self.base.room
+        if (first, count) != (self.first, self.B) or room < T:
             room = max(T, P)
             self.make_room(room)
-        self.base.reserved = (self, room - T)
+        self.set_room(room - T)
         return self.positions
 
     def end(self):
         self.num_tokens.add_(self.num_new)      # in place: a captured step finds it where it was
         self.base.in_call = False
+
+    def set_room(self, tokens):
+        """Note that these sequences may add so many tokens; what others had reserved is void."""
+        self.base.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
         """A hint before a long prompt: each sequence will hold about so many tokens after it."""
@@ -567,16 +577,16 @@ class Cache:
         moving, under the graph.
         """
         self.make_room(steps)
-        self.base.reserved = (self, steps)
+        self.set_room(steps)
         try:
             yield
         finally:
-            self.base.reserved = (self, 0)      # what is left of it is counted anew
+            self.set_room(0)        # what is left of it is counted anew
 
     def reset(self):
         """Forget everything (a view: its sequences)."""
         self.num_tokens.zero_()
-        self.base.reserved = (self, 0)
+        self.set_room(0)
         self.base.in_call = False
         self.forget()
 
@@ -607,9 +617,8 @@ class DenseCache(Cache):
         pass                        # lengths say what is seen; nothing else is read
 
     def clone(self):
-        assert self.base is self, "a view cannot be cloned"
+        assert self.view_of is None, "a view cannot be cloned"
         other = copy.copy(self)
-        other.base = other
         other.all_num_tokens = self.all_num_tokens.clone()
         other.k = [k.clone() for k in self.k]
         other.v = [v.clone() for v in self.v]
@@ -744,9 +753,8 @@ class DualCache(Cache):
 
     def clone(self):
         """An independent copy: what is added to one is not seen by the other."""
-        assert self.base is self, "a view cannot be cloned"
+        assert self.view_of is None, "a view cannot be cloned"
         other = copy.copy(self)
-        other.base = other
         other.pool = self.pool.clone()
         for name in ("all_num_tokens", "all_page_table", "all_counts"):
             setattr(other, name, getattr(self, name).clone())
@@ -766,28 +774,29 @@ class DualCache(Cache):
         numbers = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
                    base.all_num_tokens.max())
         num_free, most, promoted, so_far = torch.stack([n.long() for n in numbers]).tolist()
-        missing = self.L * self.B * self.Hkv * extra - num_free
-        if missing > 0:
-            self.pool.grow(missing + self.headroom(num_free, promoted, so_far))
+        wanted = self.L * self.B * self.Hkv * extra
+        if num_free < wanted:
+            larger = self.pool_size(wanted, promoted, so_far)
+            self.pool.grow(max(wanted - num_free, larger - len(self.pool.k)))
         columns = self.R + most + extra
         table = base.all_page_table
         if table.shape[3] < columns:
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
 
-    def headroom(self, num_free, promoted, so_far):
-        """Pages to add beyond what is asked for.
+    def pool_size(self, wanted, promoted, so_far):
+        """Pages that a pool which must grow should grow to, at least.
 
         A pool that grows is copied. So where the length of the prompt is known, the pool grows
-        early, while it is small: to the pages that the share admitted so far asks for, and a
-        tenth more. But never to more than four times its size at once, since that share is a
-        guess. """
+        early, while it is small: to what the share promoted so far asks for at the end, a
+        twenty-fifth more, and the room that the last call will want. Elsewhere it grows by a
+        tenth. """
         pages = len(self.pool.k)
         if self.base.expected <= so_far or so_far == 0:
-            return pages // 10
+            return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
-        tokens = int(1.1 * promoted * self.base.expected / so_far)
-        wanted = 1 + rows * self.R + pages_for(tokens) + rows       # each row has a partial page
-        return max(0, min(wanted - (pages - num_free), 3 * pages))
+        # Each row's last page is a partial one.
+        at_the_end = pages_for(promoted * self.base.expected // so_far) + rows
+        return rows * self.R + at_the_end + at_the_end // 25 + wanted
 
     def ring_slots(self, table, positions):
         """Flat slots (..., Hkv, n) in the pool where tokens at positions (B, n) lie in their rings.
@@ -819,11 +828,12 @@ class DualCache(Cache):
         """The token that leaves each ring as one new token arrives: to the pages, or gone."""
         # The new token takes the slot of the one that leaves: (p - W) mod W is p mod W.
         self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
-        k, v, g, pos = self.pool.read(self.slots)
         leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
-        promote_mask = leaving[:, None, None] & (g >= self.tau)             # (L, B, Hkv, 1)
+        g = self.pool.g.view(-1)[self.slots]                                # (L, B, Hkv, 1)
+        promote_mask = leaving[:, None, None] & (g >= self.tau)
         if promote_mask.any():
-            self.promote(self.page_table, self.counts, promote_mask, k, v, g, pos)
+            tokens = self.pool.read(self.slots)
+            self.promote(self.page_table, self.counts, promote_mask, *tokens)
 
     def promote(self, table, counts, promote_mask, k, v, g, pos):
         """Append the tokens where promote_mask is True to their rows' lists, in order.
@@ -909,29 +919,36 @@ class DualCache(Cache):
             self.kernels.write_kv(pool.k, pool.v, table, k, v, self.num_tokens, self.num_new,
                                   self.window, pool.g, pool.pos, g)
             return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
-        active = self.num_new > 0                       # a sequence that rests writes nothing
-        pos = self.positions[:, None].expand(-1, self.Hkv, -1)
-        self.pool.write(self.slots[layer][active], *(x[active] for x in (k, v, g, pos)))
-        pages, owner, seen = (x[layer] for x in self.plan)
+        slots = self.slots[layer]                                           # (B, Hkv, 1)
+        pos = self.positions[:, None].expand_as(slots)
+        if self.padded:             # a sequence without a new token writes nothing
+            active = self.num_new > 0
+            slots, k, v, g, pos = (x[active] for x in (slots, k, v, g, pos))
+        self.pool.write(slots, k, v, g, pos)
+        pages, owner, hidden = (x[layer] for x in self.plan)
         q = q.reshape(self.B * self.Hkv, -1, self.D)                        # (rows, G, D)
-        y = paged_attention(q, self.pool.k[pages], self.pool.v[pages], owner, seen)
+        k = self.pool.k.index_select(0, pages)                              # (n, P, D)
+        v = self.pool.v.index_select(0, pages)
+        y = paged_attention(q, k, v, owner, hidden)
         return y.view(self.B, -1, 1, self.D)
 
     def plan_decode(self):
-        """What each layer's decode reads: lists over layers of (pages, owner, seen).
+        """What each layer's decode reads: lists over layers of (pages, owner, hidden).
 
         pages (n): the ids of all pages in use, row after row; owner (n): the row that each
-        belongs to; seen (n, P) bool: which of its slots a query sees. """
+        belongs to; hidden (n, P) bool: the slots that a query does not see. """
         table = self.page_table
         column = torch.arange(table.shape[3], device=self.device)
         used = column < self.R + pages_for(self.counts)[..., None]          # (L, B, Hkv, M)
         layer, b, h, column = used.nonzero().unbind(1)
-        # A page of the ring is seen up to place min(tokens, W), a later one up to the row's count.
+        # The ring holds tokens in its places below min(tokens, W), the rest of the list to its end.
         in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
-        last = torch.where(column < self.R, in_ring, self.R * P + self.counts[layer, b, h])
-        seen = column[:, None] * P + torch.arange(P, device=self.device) < last[:, None]
+        held = torch.where(column < self.R, in_ring, self.R * P + self.counts[layer, b, h])
+        hidden = column[:, None] * P + torch.arange(P, device=self.device) >= held[:, None]
         sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
-        return table[used].long().split(sizes), (b * self.Hkv + h).split(sizes), seen.split(sizes)
+        pages = table[used].long()
+        owner = b * self.Hkv + h
+        return pages.split(sizes), owner.split(sizes), hidden.split(sizes)
 
     # --------------------------------------------------------------------------- looking inside
 
@@ -966,7 +983,7 @@ class DualCache(Cache):
     def admitted(self, sequence=0):
         """(L, Hkv, S) bool: which tokens of a sequence are, or will be on leaving, in the pages."""
         S = int(self.num_tokens[sequence])
-        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool)
+        out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool, device="cpu")
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
         slots = self.ring_slots(self.page_table[:, sequence:sequence + 1], recent[None])
         out[:, :, max(0, S - self.window):] = (self.pool.g.view(-1)[slots[:, 0]] >= self.tau).cpu()
@@ -1022,11 +1039,11 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     return out.view(B, Hq, T, D)
 
 
-def paged_attention(q, k, v, owner, seen):
+def paged_attention(q, k, v, owner, hidden):
     """Decode: attention of one query a head over the pages of its row; rows have different lengths.
 
     q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; owner (n): the row
-    that each page belongs to; seen (n, P) bool: the slots that hold a visible token. Returns
+    that each page belongs to; hidden (n, P) bool: the slots that it does not see. Returns
     (rows, G, D).
 
     This is split-KV, as in Flash-Decoding, with a page as the unit. Each page has its own largest
@@ -1034,15 +1051,16 @@ def paged_attention(q, k, v, owner, seen):
     partial sums of a row simply add up. So nothing is padded to the longest row.
     """
     rows, G, D = q.shape
-    scores = torch.bmm(q[owner] / math.sqrt(D), k.transpose(1, 2)).float()          # (n, G, P)
-    scores = scores.masked_fill_(~seen[:, None], -math.inf)
+    q = (q / math.sqrt(D)).index_select(0, owner)                           # (n, G, D)
+    scores = torch.bmm(q, k.transpose(1, 2)).float()                        # (n, G, P)
+    scores.masked_fill_(hidden[:, None], -math.inf)
     m = scores.new_full((rows, G), -math.inf)
     m.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
-    weights = scores.sub_(m[owner][:, :, None]).exp_()
-    l = torch.zeros_like(m).index_add_(0, owner, weights.sum(dim=-1))               # (rows, G)
-    o = torch.bmm(weights.to(v.dtype), v).float()                                   # (n, G, D)
-    o = o.new_zeros(rows, G, D).index_add_(0, owner, o)
-    return (o / l[:, :, None]).to(q.dtype)
+    weights = scores.sub_(m.index_select(0, owner)[:, :, None]).exp_()
+    l = torch.zeros_like(m).index_add_(0, owner, weights.sum(dim=-1))       # (rows, G)
+    o = torch.bmm(weights.to(v.dtype), v).float()                           # (n, G, D)
+    o = o.new_zeros(rows, G, D).index_add_(0, owner, o)                     # (rows, G, D)
+    return (o / l[:, :, None]).to(v.dtype)
 
 
 # --------------------------------------------------------------------------------------- training
