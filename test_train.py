@@ -704,6 +704,23 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     assert "--seq-len 1024 needs about" in err and "GiB free" in err and "lower --seq-len" in err
 
 
+def test_a_tokenizer_that_does_not_fit(tmp_path, capsys):
+    """The tokenizer of another model: an index out of range, or on a GPU a dead process."""
+    folder = make_folder(tmp_path, max_position_embeddings=1024)
+    copy_text_files(folder)
+    argv = ["--model", str(folder), "--data", str(TINY_FOLDER / "example.txt"), "--seq-len", "256",
+            "--window", "32", "--device", "cpu", "--out", str(tmp_path / "g")]
+    last = run_with_error(argv, 2, capsys).splitlines()[-1]
+    assert "vocabulary of 40" in last and "the id " in last
+
+
+def test_a_task_that_does_not_fit(tiny):
+    """A traceback because no document of a task is as short as a sample."""
+    encode = tiny[1].tokenizer.encode
+    make_sample = train.task_samples(tasks.Haystack(STORY), encode, train.BUNDLED)
+    refused(lambda: [make_sample(random.Random(n), 20) for n in range(20)], "20 tokens", "--seq")
+
+
 def test_convert(tmp_path, capsys):
     """An official checkpoint that comes out as other gates, or as a file that does not load."""
     folder = make_folder(tmp_path)

@@ -43,9 +43,9 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from common import (HERE, Parser, UserError, check_number, check_regular, check_writable,
-                    free_bytes, model_options, progress, quoted, read_text, reading, real, reason,
-                    replacing, run_program, say, whole, write_text)
+from common import (HERE, Parser, UserError, check_number, check_writable, free_bytes,
+                    model_options, progress, quoted, read_text, reading, real, reason, replacing,
+                    run_program, say, whole, write_text)
 from generate import Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
@@ -205,15 +205,15 @@ def read_prose(path):
 
 def write_texts(model, text, kv, hidden, steps, choose=None, report=lambda tokens: None):
     """Decode up to `steps` tokens for each sequence of a cache; returns the texts."""
-    answers = [[] for _ in range(kv.B)]
+    written = [[] for _ in range(kv.B)]
     for ids in decode(model, kv, hidden, steps, text.end, choose):
         new = 0
-        for answer, token in zip(answers, ids):
+        for sequence, token in zip(written, ids):
             if token is not None:               # None: this sequence has ended
-                answer.append(token)
+                sequence.append(token)
                 new += 1
         report(new)
-    return [text.decode(answer) for answer in answers]
+    return [text.decode(sequence) for sequence in written]
 
 
 def generate_prose(model, text, num_tokens, seed, batch=32):
@@ -245,6 +245,14 @@ def make_haystack(prose, source):
                         f"{e}") from None
 
 
+def make_task(task, haystack, length, encode, rng):
+    """tasks.make: (document, ids, which of them belong to an answer)."""
+    try:
+        return tasks.make(task, haystack, length, encode, rng)
+    except ValueError as e:                 # a tokenizer that needs many tokens for a word
+        raise UserError(f"{e}: raise --seq-len") from None
+
+
 # --------------------------------------------------------------------------------- training samples
 # A sample is a pair (ids, weights) of (T,) tensors. `text_samples` and `task_samples` return a
 # function (rng, length) -> sample, and `Samples` gives it the right random generator.
@@ -273,7 +281,7 @@ def task_samples(haystack, encode, config):
     """Samples of tiny/tasks.py: a task hidden in the haystack, whose answers can weigh more."""
     def sample_task(rng, length):
         task = tasks.pick(rng, config.tasks or "asked")
-        _, ids, in_answer = tasks.make(task, haystack, length, encode, rng)
+        _, ids, in_answer = make_task(task, haystack, length, encode, rng)
         weights = torch.tensor(in_answer) * (config.answer_weight - 1) + 1
         return torch.tensor(ids), weights
 
@@ -497,6 +505,7 @@ class Trainer:
                     tokens=0, stop=stop)
         for start in range(0, len(batch), per_micro_batch):
             samples = batch[start:start + per_micro_batch]
+            check_vocabulary(self.model, samples)
             losses = distill(self.model, self.gates, samples, checkpoint, with_hard)
             self.backward(losses, len(samples), num_samples, sums)
             sums["tokens"] += sum(len(ids) for ids, _ in samples)
@@ -586,6 +595,14 @@ def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, 
             if stop:
                 return step + 1, "interrupted"
     return config.steps, None
+
+
+def check_vocabulary(model, samples):
+    """UserError if the tokenizer is another model's: on a GPU, such ids end the whole process."""
+    largest = max(int(ids.max()) for ids, _ in samples)
+    if largest >= model.config.vocab_size:
+        raise UserError(f"the tokenizer gives the id {largest:,}, but the model has a vocabulary "
+                        f"of {model.config.vocab_size:,}: are both of one model?")
 
 
 @contextlib.contextmanager
@@ -736,7 +753,6 @@ class RunFiles:
         has been looked at.
         """
         path = self.resume_path
-        check_regular(path)
         with reading(path, "read as the state of a run"):
             file = open_tensors(path)
             metadata = file.metadata() or {}
@@ -916,7 +932,7 @@ def final_table(model, text, gates, args, config):
     else:                                   # other prose than that of the training
         prose = generate_prose(model, text, 8192, config.seed + 1)
     haystack = make_haystack(prose, args.data)
-    documents = [tasks.make("facts", haystack, length, text.tokenizer.encode, rng)[0]
+    documents = [make_task("facts", haystack, length, text.tokenizer.encode, rng)[0]
                  for _ in range(32)]
     nothing = RandomAdmission(0.0)
     caches = {
