@@ -15,7 +15,7 @@ import bench
 import generate
 import train
 from common import HERE, run_program
-from model import Config
+from model import Config, Llama
 from wgkv import P, pages_for
 
 torch.set_num_threads(1)                # most things here are small: threads would only wait
@@ -173,6 +173,14 @@ def test_bench_kernels_calls_what_kernels_has(monkeypatch):
     # Needed: K and V, 2 bytes a number, of the keys that one layer's query sees.
     pages = row["needed_bytes"] / (2 * 16 * 2)
     assert 2 * 40 + 20 < pages < 2 * 40 + 110
+
+
+def test_bench_train_takes_a_step_of_train_py():
+    """As above, of train.py's: the bench must time the step that users wait for."""
+    model = Llama(tiny_shape()).to(DEVICE).requires_grad_(False)
+    row = bench.time_train_step(model, 64, SimpleNamespace(window=16, seed=0))
+    assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"][0])
+    assert row["checkpointed"] is False and "memory" in row["estimate"]
 
 
 def test_the_picture_shows_medians():
