@@ -404,7 +404,7 @@ def damaged(cut):
 def replaced(name, make):
     """A spoiler of folders: make(path) in place of a file."""
     def spoil(folder):
-        make_folder(folder, shards=2 * (name == M.INDEX))
+        make_folder(folder, shards=2 if name == M.INDEX else 0)
         (folder / name).unlink()
         make(folder / name)
     return spoil
@@ -415,14 +415,14 @@ def stored(edit, **changes):
     return lambda folder: make_folder(folder, edit, **changes)
 
 
-def indexed(*names, text=None):
-    """A spoiler of folders: an index of other names, or of other text."""
-    def spoil(folder):
-        make_folder(folder, shards=2)
-        edit_index(folder, dict([names] if names else []))
-        if text is not None:
-            (folder / M.INDEX).write_text(text)
-    return spoil
+def indexed(name, shard):
+    """A spoiler of folders: an index that has another shard for a name."""
+    return lambda folder: edit_index(make_folder(folder, shards=2), {name: shard})
+
+
+def index_text(text):
+    """A spoiler of folders: an index of this text."""
+    return lambda folder: (make_folder(folder, shards=2) / M.INDEX).write_text(text)
 
 
 def set_to(value, name=Q):
@@ -466,9 +466,9 @@ BAD_FOLDERS = {                 # id: (what makes the folder, words of the refus
     "no weights": (write_config, (M.SINGLE, M.INDEX)),
     "lm_head in the index only": (lost_head, (M.INDEX, HEAD, SHARD)),
     "a shard in the index only": (lost_shard, (M.INDEX, SHARD, "model.")),
-    "index {}": (indexed(text="{}"), (M.INDEX, "weight_map")),
-    "index {": (indexed(text="{"), (M.INDEX, "JSON")),
-    "index with a list": (indexed(text='{"weight_map": []}'), (M.INDEX, "weight_map")),
+    "index {}": (index_text("{}"), (M.INDEX, "weight_map")),
+    "index {": (index_text("{"), (M.INDEX, "JSON")),
+    "index with a list": (index_text('{"weight_map": []}'), (M.INDEX, "weight_map")),
     "a shard that is a folder": (indexed(EMBED, "."), ("not a regular file",)),
     "Meta's files": (meta_folder, ("consolidated", M.SINGLE)),
     "Meta's names": (stored(rename("self_attn.q_proj", "attention.wq")),
