@@ -713,15 +713,15 @@ def make_admission(args, model):
 
 def read_prompt(name):
     """The text of a file, or of standard input for "-", without the line ends at its end."""
-    if name != "-":
-        with reading(f"--prompt {name}"):
-            data = Path(name).read_bytes()      # of any kind: <(command) in a shell is a pipe
-    else:
+    if name == "-":
         name = "standard input"
         if sys.stdin is None:
             raise UserError("--prompt -: standard input is closed")
         with reading(name):
             data = sys.stdin.buffer.read()
+    else:
+        with reading(f"--prompt {name}"):
+            data = Path(name).read_bytes()      # of any kind: <(command) in a shell is a pipe
     try:
         text = data.decode("utf-8-sig").rstrip("\r\n")      # without a byte-order mark
     except UnicodeDecodeError as e:
