@@ -163,6 +163,14 @@ def test_bench_kernels_calls_what_kernels_has(monkeypatch):
             side()
         return [[1.0] * runs for _ in sides]
 
+    def spy(*inputs, **options):
+        given.append(inputs)
+        return prefill_attention(*inputs, **options)
+
+    import kernels
+    given = []
+    prefill_attention = kernels.prefill_attention
+    monkeypatch.setattr(kernels, "prefill_attention", spy)
     monkeypatch.setattr(bench, "device_times", once)
     args = SimpleNamespace(tokens=[140], shares=[0.5, 0.1], window=40, runs=2, plain=True,
                            peaks=dict(read=1e12, matrix=1e14))
@@ -170,9 +178,17 @@ def test_bench_kernels_calls_what_kernels_has(monkeypatch):
     [row] = bench.bench_kernels(model, args)
     assert len(called) == 5                     # dense, ours, plain; all layers' decode, the plan
     assert row["ratio"] == 1 and len(row["decode_s"]) == 2
+
+    # The kernels do not check shapes: what they get must be what they are documented to take.
+    q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, W, _ = given[0]
+    assert q.shape == (1, 4, 140, 16) and W == 40
+    assert band_k.shape == band_v.shape == (1, 2, 180, 16) and band_g.shape == (1, 2, 180)
+    assert page_table.shape[:2] == (1, 2) and num_old.shape == (1, 2, 140)
+    promoted = (page_table > 0).sum(dim=-1)
+    assert torch.equal(promoted, pages_for(num_old[..., -1])) and int(promoted.sum()) > 0
     # Needed: K and V, 2 bytes a number, of the keys that one layer's query sees.
-    pages = row["needed_bytes"] / (2 * 16 * 2)
-    assert 2 * 40 + 20 < pages < 2 * 40 + 110
+    keys = 2 * 40 + int(num_old[..., -1].sum())
+    assert row["needed_bytes"] == 2 * 2 * 16 * keys
 
 
 def test_bench_train_takes_a_step_of_train_py():
