@@ -180,7 +180,7 @@ def test_bench_kernels_calls_what_kernels_has(monkeypatch):
     assert row["ratio"] == 1 and len(row["decode_s"]) == 2
 
     # The kernels do not check shapes: what they get must be what they are documented to take.
-    q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, W, _ = given[0]
+    q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, W = given[0]
     assert q.shape == (1, 4, 140, 16) and W == 40
     assert band_k.shape == band_v.shape == (1, 2, 180, 16) and band_g.shape == (1, 2, 180)
     assert page_table.shape[:2] == (1, 2) and num_old.shape == (1, 2, 140)
