@@ -59,17 +59,13 @@ from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second
 
-LLAMA_3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0,
-                    original_max_position_embeddings=8192)
-SHAPES = {
+SHAPES = {                  # of --shape; add what you want to know about
     "llama-3.1-8b": Config(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        max_positions=131072, rope_theta=5e5, rope=dict(LLAMA_3_ROPE, factor=8.0), tied=False),
-    "llama-3.2-1b": Config(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192,
-        num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64,
-        max_positions=131072, rope_theta=5e5, rope=dict(LLAMA_3_ROPE, factor=32.0), tied=True),
+        max_positions=131072, rope_theta=5e5, tied=False,
+        rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                  original_max_position_embeddings=8192)),
 }
 
 
