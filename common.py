@@ -2,9 +2,9 @@
 
 Three rules of this repository are kept here, once:
 
-    a user's mistake      raise UserError: `run_program` prints one line on stderr and exits with status 2
-    an untrusted file     read it inside `reading(path)`: whatever goes wrong becomes a UserError that names the file
-    an output file        write it inside `replacing(path)`: a crash leaves the old file or the new one, nothing else
+    a user's mistake      raise UserError: `run_program` prints one line on stderr, exits with 2
+    an untrusted file     read it inside `reading(path)`: any fault is a UserError with its name
+    an output file        write it inside `replacing(path)`: a crash leaves the old file or the new
 """
 import argparse
 import contextlib
@@ -164,7 +164,7 @@ def read_json(path, required=True):
 
 
 def check_number(path, key, value, low, high=math.inf, whole=False):
-    """value, if it is a number (a whole one) from low to high; else a UserError naming path and key.
+    """value, if it is a (whole) number from low to high; else a UserError naming path and key.
 
     JSON's true and false are ints to Python; they are refused, and so are strings and NaN.
     """
@@ -180,7 +180,7 @@ def check_number(path, key, value, low, high=math.inf, whole=False):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary name to write to, renamed to `path` at the end of the block, removed on failure."""
+    """A temporary name to write to: renamed to `path` at the block's end, removed on failure."""
     part = f"{path}.part"
     try:
         yield part
@@ -256,7 +256,8 @@ def model_options(parser):
     """Add the options that every program shares."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(HERE / "tiny"), metavar="FOLDER",
-                       help="a folder in Hugging Face layout, or a hub name (default: the bundled model)")
+                       help="a folder in Hugging Face layout, or a hub name (default: the bundled "
+                            "model)")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     group.add_argument("--dtype", choices=DTYPES,
                        help="of weights and cache (default: the model's own; float32 on a CPU)")
@@ -264,7 +265,7 @@ def model_options(parser):
 
 
 def pick_device(name=None):
-    """The device called `name`, or a GPU if there is one, else the CPU. UserError if it is not there."""
+    """The device called `name`; by default a GPU if there is one, else the CPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -277,7 +278,8 @@ def pick_device(name=None):
             raise UserError(f"--device {name}: this machine has no CUDA device that torch "
                             f"{torch.__version__} can use")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                            "devices")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)       # Triton launches on the current device
     return device
@@ -300,7 +302,7 @@ def clock(device):
 
 
 def peak_bytes(device):
-    """The most memory held at once: the allocator's maximum on CUDA, the peak resident set on a CPU."""
+    """The most memory held at once: the allocator's on CUDA, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource                         # not on Windows
