@@ -50,7 +50,7 @@ from generate import Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
 from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, fingerprint,
-                  sparsity_loss)
+                  load_official, sparsity_loss)
 
 EXAMPLES = """examples:
   python train.py                               the bundled model: no data, minutes on a laptop
@@ -1066,7 +1066,7 @@ def convert(args):
     args.device = args.device or "cpu"
     args.dtype = args.dtype or "bfloat16"
     model = load_model(args)
-    gates = Gates.load_official(args.convert, model)
+    gates = load_official(args.convert, model)
     gates.window = args.window or gates.window
     gates.tau = args.tau or gates.tau
     gates.save(args.out, model, args.lam or 0.0)
