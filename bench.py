@@ -4,37 +4,30 @@
     python bench.py kernels --shape llama-3.1-8b      one layer's attention beside cuDNN's, on a GPU
     python bench.py train --shape llama-3.1-8b        soft attention and a training step, on a GPU
     python bench.py all --shape llama-3.1-8b          everything, for an 8B model of random weights
-    python bench.py --plot                            draws assets/time.png from assets/*.json
+    python bench.py --plot                            draws assets/time.png from assets/h200.json
 
-How we compare:
+BENCHMARKS.md has the results. How we compare:
 
     in turn     Both sides run in one process, A B A B ..., so a GPU that slows down slows both.
-                Times are medians with their spread; what counts is their ratio.
-    dense       The baseline is the fastest dense attention we know. In prefill that is torch's
-                scaled_dot_product_attention over the whole prompt at once (cuDNN on a GPU). In
-                decode it is our own paged kernel and CUDA graph with a cache that keeps all.
+    dense       The fastest dense attention we know. In prefill it is torch's
+                scaled_dot_product_attention over the whole prompt at once (cuDNN on a GPU), in
+                decode our own paged kernel and CUDA graph with a cache that keeps everything.
     roofline    Prefill is bound by compute, decode by memory bandwidth. So we report
                     MFU = FLOPs that are needed / time / peak FLOP/s
                     MBU = bytes that are needed / time / memory bandwidth
                 and measure both peaks in the same run instead of taking a datasheet's.
-    losses      A row in which gating is slower than dense says so.
 
 Speed does not depend on the values of weights, so --shape runs a real model's shape with random
-weights, and admits a random share of the tokens (--admit). This asks whether a million tokens fit
-on one GPU of 80 GB:
-
-    python bench.py decode --shape llama-3.1-8b --tokens 1048576 --dense-up-to 0 --steps 64
-
-The columns of the tables are fields of --json, which also keeps command, commit and machine:
+weights and admits a random share of the tokens (--admit). The columns of the tables are fields of
+--json, which also keeps command, commit and machine:
 
     _s             seconds of each run; the table shows median and spread
     ratio          gated over dense time; flops_ratio: the same of FLOPs, the ratio to hope for
-    floor_s        the time at the roofline, of which mfu or mbu is the share
+    roofline_s     the time at the roofline, of which mfu or mbu is the share
     admitted       of the keys outside the window; kept_share: of a dense cache's bytes
     _gib           peak memory and what it is made of: weights, bytes kept, bytes reserved for them
 """
 import contextlib
-import functools
 import gc
 import json
 import platform
@@ -55,11 +48,11 @@ from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, mode
                     whole, write_text)
 from generate import Text, decode, load_model, make_admission, prefill
 from model import Config, Llama, check_memory
-from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
+from wgkv import P, DenseCache, DualCache, Gates, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second
 
-SHAPES = {                  # of --shape; add what you want to know about
+SHAPES = {                  # of --shape
     "llama-3.1-8b": Config(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -119,20 +112,26 @@ def capture(side, calls):
     return graph
 
 
+def event_seconds(side):
+    """Seconds of a call by the GPU's own clock."""
+    start = torch.cuda.Event(enable_timing=True)
+    stop = torch.cuda.Event(enable_timing=True)
+    start.record()
+    side()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
 def device_times(*sides, runs=7, inner=3):
     """For each side a list of seconds a call, by the GPU's own clock, the sides in turn."""
     graphs = [capture(side, inner) for side in sides]
+    for graph in graphs:
+        graph.replay()                      # the first replay also uploads the graph
     times = [[] for _ in sides]
-    start = torch.cuda.Event(enable_timing=True)
-    stop = torch.cuda.Event(enable_timing=True)
-    for run in range(runs + 1):
+    for _ in range(runs):
         for graph, seconds in zip(graphs, times):
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            if run > 0:                     # the first replay also uploads the graph
-                seconds.append(start.elapsed_time(stop) / 1e3 / inner)
+            seconds.append(event_seconds(graph.replay) / inner)
     return times
 
 
@@ -170,13 +169,13 @@ def memory(model, kv):
 # --------------------------------------------------------------------------------------- roofline
 
 def measure_peaks(device):
-    """This GPU's {"read": bytes/s, "matrix": bf16 FLOP/s} as measured now; None on a CPU."""
+    """This GPU's {"bandwidth": bytes/s, "flops": bf16 FLOP/s} as measured now; None on a CPU."""
     if device.type != "cuda":
         return None
     stretch = torch.zeros(2**30, device=device)                         # 4 GiB: no cache holds it
     square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     read, product = device_times(stretch.sum, lambda: square @ square)
-    return dict(read=stretch.nbytes / median(read), matrix=2 * 8192**3 / median(product))
+    return dict(bandwidth=stretch.nbytes / median(read), flops=2 * 8192**3 / median(product))
 
 
 def prefill_flops(c, tokens, admitted=1.0, window=0):
@@ -222,29 +221,29 @@ def random_model(shape, device, dtype):
     return model
 
 
+def random_admissions(shares, heads, tokens, device):
+    """(heads, tokens) bool: what a random policy admits. The heads take the shares in turn."""
+    share = torch.tensor([shares[head % len(shares)] for head in range(heads)], device=device)
+    return torch.rand(heads, tokens, device=device) < share[:, None]
+
+
 class SimulatedAdmission:
     """Admits random tokens; gates of the right shape run beside it, so that their cost counts.
 
-    shares: what the KV heads admit, in turn; with several, heads keep unequal amounts.
-
-    The decisions are wgkv.RandomAdmission's, computed ahead. Its hash takes some twenty small
-    operations: in all of 32 layers they would be felt in a decode step of 5 ms. A lookup is one.
-    There is one table for all layers, to keep it small; layer l begins at column STEP * l.
+    A decision is one lookup, because wgkv.RandomAdmission's hash takes some twenty small
+    operations, which would be felt in a decode step of 5 ms. There is one table for all layers,
+    to keep it small; layer l begins at column STEP * l.
     """
     STEP = 997
 
-    def __init__(self, model, shares, tokens, window, seed):
+    def __init__(self, model, shares, tokens, window):
         c = model.config
         self.window = window
         self.tau = 0.1
         self.gates = Gates.for_model(model, window=window).eval().requires_grad_(False)
-        columns = torch.arange(tokens + self.STEP * c.num_layers, device=model.device)[None]
-        keys = torch.empty(1, c.num_kv_heads, columns.shape[1], 0, device=model.device)
-        rows = []
-        for head in range(c.num_kv_heads):
-            policy = RandomAdmission(shares[head % len(shares)], seed)
-            rows.append(policy.gate(0, keys, keys, columns)[0, head])
-        self.table = torch.stack(rows)                                  # (Hkv, columns) fp32
+        admitted = random_admissions(shares, c.num_kv_heads, tokens + self.STEP * c.num_layers,
+                                     model.device)
+        self.table = torch.where(admitted, 1.0, -1.0)                   # (Hkv, columns) fp32
 
     def gate(self, layer, k, k_rotated, positions):
         self.gates.gate(layer, k, k_rotated, positions)
@@ -257,8 +256,7 @@ def admission_policy(model, args):
     if args.admit == "gates":
         return make_admission(args, model)[0]
     decoded = (args.runs + 1) * (args.steps + UNCOUNTED_STEPS)
-    longest = max(args.tokens) + decoded
-    return SimulatedAdmission(model, args.shares, longest, args.window, args.seed)
+    return SimulatedAdmission(model, args.admit, max(args.tokens) + decoded, args.window)
 
 
 def make_prompt(model, tokens, args):
@@ -289,12 +287,12 @@ def read_prompts(model, kv, prompts, chunk):
     return clock(model.device) - start, torch.cat(last)
 
 
-def seconds_a_step(model, kv, hidden, steps):
-    """The median seconds of a greedy decode step. The cache grows by its tokens."""
+def seconds_a_step(device, steps):
+    """The median seconds of a decode step; `steps` is an iterator that takes one a turn."""
     times = []
-    last = clock(model.device)
-    for _ in decode(model, kv, hidden, steps + UNCOUNTED_STEPS):
-        now = time.perf_counter()           # no synchronisation: the host may run ahead
+    last = clock(device)
+    for _ in steps:
+        now = time.perf_counter()           # no synchronization: the host may run ahead
         times.append(now - last)
         last = now
     return median(times[UNCOUNTED_STEPS:])
@@ -311,8 +309,7 @@ class RandomPages:
 
     def __init__(self, c, shares, tokens, window, device):
         L, Hkv, D = c.num_layers, c.num_kv_heads, c.head_dim
-        share = torch.tensor([shares[head % len(shares)] for head in range(Hkv)], device=device)
-        admitted = torch.rand(Hkv, tokens, device=device) < share[:, None]
+        admitted = random_admissions(shares, Hkv, tokens, device)
         self.g = torch.where(admitted, 1.0, -1.0)[None]                 # (1, Hkv, T)
 
         # Outside the window of token t are the tokens 0 .. t - W. The last token's are in pages.
@@ -335,11 +332,12 @@ class RandomPages:
 @torch.no_grad()
 def bench_kernels(model, args):
     """Attention of one layer on random bf16 inputs: prefill beside cuDNN's, and decode."""
+    shares = [0.25] if args.admit == "gates" else args.admit
     for tokens in args.tokens:
-        pages = RandomPages(model.config, args.shares, tokens, args.window, model.device)
+        pages = RandomPages(model.config, shares, tokens, args.window, model.device)
         prompt = time_prefill_attention(model.config, pages, tokens, args)
         step = time_decode_attention(model.config, pages, tokens, args)
-        yield dict(tokens=tokens, shares=args.shares, **prompt, **step)
+        yield dict(tokens=tokens, shares=shares, **prompt, **step)
 
 
 def time_prefill_attention(c, pages, tokens, args):
@@ -365,22 +363,17 @@ def time_prefill_attention(c, pages, tokens, args):
         with strongest_attention(q.device):
             F.scaled_dot_product_attention(q, dense_k, dense_v, is_causal=True)
 
-    def ours(plain):
+    def ours():
         kernels.prefill_attention(q, band_k, band_v, band_g, pages.k, pages.v, table,
-                                  pages.num_old, W, tau=0.1, plain=plain)
+                                  pages.num_old, W, 0.1)
 
-    sides = dict(dense_s=dense, prefill_s=functools.partial(ours, plain=False))
-    if args.plain:
-        sides["plain_s"] = functools.partial(ours, plain=True)
-    times = dict(zip(sides, device_times(*sides.values(), runs=args.runs, inner=1)))
+    dense_s, prefill_s = device_times(dense, ours, runs=args.runs, inner=1)
 
-    # The rate is of what the definition asks for: a kernel that visits masked keys gains nothing.
+    # MFU counts what the definition asks for: a kernel that visits masked keys gains nothing.
     in_window = torch.arange(1, tokens + 1, device=q.device).clamp(max=W)
     needed = 4 * D * G * int((pages.num_old + in_window).sum())
-    dense_rate = 2 * D * Hq * tokens * (tokens + 1) / median(times["dense_s"])
-    rate = needed / median(times["prefill_s"])
-    return dict(times, ratio=over(times["prefill_s"], times["dense_s"]), needed_operations=needed,
-                rate_over_dense=rate / dense_rate, mfu=rate / args.peaks["matrix"])
+    return dict(dense_s=dense_s, prefill_s=prefill_s, ratio=over(prefill_s, dense_s),
+                needed_flops=needed, mfu=needed / median(prefill_s) / args.peaks["flops"])
 
 
 def time_decode_attention(c, pages, tokens, args):
@@ -410,7 +403,7 @@ def time_decode_attention(c, pages, tokens, args):
     keys = int(pages.counts[0].sum()) + Hkv * min(args.window, tokens)
     needed = 2 * keys * D * q.itemsize                                  # K and V of one layer
     return dict(decode_s=decode_s, plan_s=plan_s, needed_bytes=needed,
-                mbu=needed / median(decode_s) / args.peaks["read"])
+                mbu=needed / median(decode_s) / args.peaks["bandwidth"])
 
 
 # ------------------------------------------------------------------------------------ whole models
@@ -446,43 +439,45 @@ def time_prefill(model, policy, tokens, args):
     row = dict(tokens=tokens, dense_s=dense_s, gated_s=gated_s, ratio=over(gated_s, dense_s),
                flops_ratio=flops / dense_flops, admitted=admitted, **memory(model, kv))
     if args.peaks:
-        row["floor_s"] = flops / args.peaks["matrix"]
-        row["mfu"] = row["floor_s"] / median(gated_s)
+        row["roofline_s"] = flops / args.peaks["flops"]
+        row["mfu"] = row["roofline_s"] / median(gated_s)
     return row
 
 
 @torch.no_grad()
 def bench_decode(model, args):
-    """One token after another behind a prompt: gated, dense and transformers, seconds a step."""
+    """Decode steps behind a prompt: gated, dense and, where it is installed, transformers."""
     policy = admission_policy(model, args)
-    with_transformers = not args.shape and args.batch == 1
-    if with_transformers and find_spec("transformers") is None:
-        say("transformers is not installed: its column stays empty")
-        with_transformers = False
     for tokens in args.tokens:
-        yield time_decode(model, policy, tokens, with_transformers, args)
+        yield time_decode(model, policy, tokens, args)
 
 
-def time_decode(model, policy, tokens, with_transformers, args):
+def time_decode(model, policy, tokens, args):
     """A row of bench_decode; memory is the gated side's."""
     # A batch has prompts from half of the length up to all of it, as real ones are uneven.
     B = args.batch
     lengths = [tokens * (B + b) // (2 * B - 1) for b in range(B)]
     prompts = [make_prompt(model, length, args) for length in lengths]
+    steps = args.steps + UNCOUNTED_STEPS
+
+    def our_side(kv, hidden):
+        """A function that times some steps; the cache grows by their tokens."""
+        return lambda: seconds_a_step(model.device, decode(model, kv, hidden, steps))
 
     # The gated side comes first and decodes once, so that the peak is its own.
     gated = DualCache(model, policy, B)
     prefill_s, hidden = read_prompts(model, gated, prompts, args.chunk)
-    sides = dict(gated=functools.partial(seconds_a_step, model, gated, hidden, args.steps))
+    sides = dict(gated=our_side(gated, hidden))
     sides["gated"]()
     row = dict(tokens=tokens, lengths=lengths, prefill_s=[prefill_s], **memory(model, gated))
 
     if tokens <= args.dense_up_to:
         dense = DenseCache(model, B)
         _, hidden = read_prompts(model, dense, prompts, tokens)
-        sides["dense"] = functools.partial(seconds_a_step, model, dense, hidden, args.steps)
-    if with_transformers:
-        sides["transformers"] = transformers_side(args.model, model, prompts[0], args.steps)
+        sides["dense"] = our_side(dense, hidden)
+    if B == 1 and not args.shape and find_spec("transformers"):
+        theirs = transformers_decode(args.model, model, prompts[0])
+        sides["transformers"] = lambda: seconds_a_step(model.device, theirs(steps))
 
     times = in_turn(args.runs, model.device, **sides)
     for name, seconds in times.items():
@@ -491,15 +486,15 @@ def time_decode(model, policy, tokens, with_transformers, args):
     row["ratio_transformers"] = over(times["gated"], times.get("transformers"))
     if args.peaks:
         row["needed_bytes"] = bytes_a_step(model, gated)
-        row["floor_s"] = row["needed_bytes"] / args.peaks["read"]
-        row["mbu"] = row["floor_s"] / median(times["gated"])
+        row["roofline_s"] = row["needed_bytes"] / args.peaks["bandwidth"]
+        row["mbu"] = row["roofline_s"] / median(times["gated"])
     return row
 
 
-def transformers_side(path, ours, ids, steps):
+def transformers_decode(path, ours, ids):
     """What most people run: the same weights in Hugging Face transformers with its DynamicCache.
 
-    Returns a function that gives the median seconds of a greedy step behind the prompt `ids`.
+    Reads the prompt `ids`; returns a function that takes so many greedy steps, one a turn.
     """
     from transformers import AutoModelForCausalLM, DynamicCache
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=ours.dtype).to(ours.device).eval()
@@ -512,19 +507,13 @@ def transformers_side(path, ours, ids, steps):
     for chunk in torch.tensor([ids], device=ours.device).split(2048, dim=1):
         first = forward(chunk)
 
-    def side():
+    def steps(count):
         token = first
-        times = []
-        last = clock(ours.device)
-        for _ in range(steps + UNCOUNTED_STEPS):
+        for _ in range(count):
             token = forward(token)
-            token.tolist()                  # as a streamed token is: on the host
-            now = time.perf_counter()
-            times.append(now - last)
-            last = now
-        return median(times[UNCOUNTED_STEPS:])
+            yield token.tolist()            # on the host, as a streamed token is
 
-    return side
+    return steps
 
 
 # --------------------------------------------------------------------------------------- training
@@ -535,17 +524,14 @@ def bench_train(model, args):
         times = time_soft_attention(model.config, tokens, args, model.device)
         free_memory(model.device)
         yield dict(tokens=tokens, **times,
-                   over_dense=over(times["ours_s"], times["dense_s"]),
-                   over_flex=over(times["ours_s"], times["flex_s"]),
+                   over_dense=over(times["soft_s"], times["dense_s"]),
                    **time_train_step(model, tokens, args))
 
 
 def time_soft_attention(c, tokens, args, device):
-    """Forward and backward of ours, of dense attention without gates, and of flex_attention."""
+    """Forward and backward of soft attention, and of dense attention, which has no gates."""
     import kernels
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     G = c.num_heads // c.num_kv_heads
-    W = args.window
 
     def random(heads):
         shape = (1, heads, tokens, c.head_dim)
@@ -561,15 +547,8 @@ def time_soft_attention(c, tokens, args, device):
     dense_k = k.detach().repeat_interleave(G, dim=1).requires_grad_()
     dense_v = v.detach().repeat_interleave(G, dim=1).requires_grad_()
 
-    # flex_attention compiles a kernel from the bias, written in Python.
-    def bias(score, b, h, i, j):
-        return torch.where(i - j < W, score, score + log_g[b, h // G, j])
-
-    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def ours():
-        out = kernels.soft_attention(q, k, v, log_g, W)
+    def soft():
+        out = kernels.soft_attention(q, k, v, log_g, args.window)
         torch.autograd.grad(out, (q, k, v, log_g), grad)
 
     def dense():
@@ -577,25 +556,9 @@ def time_soft_attention(c, tokens, args, device):
             out = F.scaled_dot_product_attention(q, dense_k, dense_v, is_causal=True)
         torch.autograd.grad(out, (q, dense_k, dense_v), grad)
 
-    def flex():
-        out = compiled(q, k, v, score_mod=bias, block_mask=causal, enable_gqa=True)
-        torch.autograd.grad(out, (q, k, v, log_g), grad)
-
-    sides = dict(ours_s=ours, dense_s=dense, flex_s=flex)
-    timed = {name: functools.partial(event_seconds, side) for name, side in sides.items()}
-    in_turn(2, device, **timed)             # they compile, and cuDNN picks its algorithm
-    return in_turn(args.runs, device, **timed)
-
-
-def event_seconds(side):
-    """Seconds of a call by the GPU's clock: for what cannot be captured in a graph."""
-    start = torch.cuda.Event(enable_timing=True)
-    stop = torch.cuda.Event(enable_timing=True)
-    start.record()
-    side()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3
+    sides = dict(soft_s=lambda: event_seconds(soft), dense_s=lambda: event_seconds(dense))
+    in_turn(2, device, **sides)             # they compile, and cuDNN picks its algorithm
+    return in_turn(args.runs, device, **sides)
 
 
 def time_train_step(model, tokens, args):
@@ -625,39 +588,35 @@ def time_train_step(model, tokens, args):
 # ---------------------------------------------------------------------------------------- picture
 
 def plot():
-    """Draw assets/time.png: time against length, out of a file of figures from a GPU."""
+    """Draw assets/time.png: time against length, out of assets/h200.json."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    for path in sorted((HERE / "assets").glob("*.json")):
-        figures = read_json(path)
-        if figures.get("prefill") and figures["prefill"][0].get("floor_s"):
-            draw_time(pyplot, figures).savefig(HERE / "assets" / "time.png", dpi=150)
-            return say("assets/time.png drawn")
-    raise UserError("assets has no figures of a GPU: python bench.py --json assets/NAME.json there")
+    figures = read_json(HERE / "assets" / "h200.json")
+    draw_time(pyplot, figures).savefig(HERE / "assets" / "time.png", dpi=150)
+    say("assets/time.png drawn")
 
 
 def draw_time(pyplot, figures):
     """Prefill and decode side by side: dense, gated, and the roofline of gated."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
     for axis, what, unit in zip(axes, ("prefill", "decode"), (1.0, 1e-3)):
-        rows = figures.get(what, [])
-        for side, colour in (("dense", "#888888"), ("gated", "#c2410c")):
+        rows = figures[what]
+        lengths = [row["tokens"] for row in rows]
+        for side, color in (("dense", "#888888"), ("gated", "#c2410c")):
             timed = [row for row in rows if row.get(f"{side}_s")]
             axis.plot([row["tokens"] for row in timed],
                       [median(row[f"{side}_s"]) / unit for row in timed],
-                      "o-", color=colour, label=side)
-        lengths = [row["tokens"] for row in rows]
-        axis.plot(lengths, [row["floor_s"] / unit for row in rows], ":", color="#c2410c",
+                      "o-", color=color, label=side)
+        axis.plot(lengths, [row["roofline_s"] / unit for row in rows], ":", color="#c2410c",
                   label="roofline of gated")
         axis.set(xlabel="tokens", title=what)
         axis.set_ylabel("seconds" if what == "prefill" else "milliseconds a token")
         axis.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
         axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=7)
     figure.suptitle(f"{figures['model']}, {figures['machine']}", fontsize=9)
     figure.tight_layout()
@@ -669,22 +628,21 @@ def draw_time(pyplot, figures):
 BENCHES = dict(kernels=bench_kernels, prefill=bench_prefill, decode=bench_decode, train=bench_train)
 NEED_A_GPU = ("kernels", "train")           # what they time is Triton on CUDA
 COLUMNS = dict(
-    kernels="tokens dense_s prefill_s plain_s ratio rate_over_dense mfu decode_s mbu plan_s",
+    kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
     prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib "
             "reserved_gib peak_gib",
     decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share "
            "kept_gib reserved_gib peak_gib prefill_s",
-    train="tokens dense_s flex_s ours_s over_dense over_flex step_s tokens_per_s peak_gib")
+    train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
 
 
 def run(name, model, args):
     """Run one bench, print its rows as they come, and yield them."""
-    widths = {column: max(len(column), 14) + 1 for column in COLUMNS[name].split()}
     print(f"\n{name}. {BENCHES[name].__doc__}")
-    print("".join(f"{column:>{width}}" for column, width in widths.items()))
+    print("".join(f"{column:>17}" for column in COLUMNS[name].split()))
     free_memory(model.device)
     for row in BENCHES[name](model, args):
-        line = "".join(f"{shown(row.get(column)):>{width}}" for column, width in widths.items())
+        line = "".join(f"{shown(row.get(column)):>17}" for column in COLUMNS[name].split())
         loses = row.get("ratio") is not None and row["ratio"] > 1
         print(line + ("  gating loses" if loses else ""), flush=True)
         yield row
@@ -707,10 +665,8 @@ def shown(value):
     return text if len(value) == 1 else f"{text} ±{spread(value):.0%}"
 
 
-def admit_option(text):
-    """The type of --admit: "gates", or shares."""
-    if text == "gates":
-        return text
+def shares_option(text):
+    """The type of --admit: numbers from 0 to 1 between commas."""
     return [real(0, 1)(share) for share in text.split(",")]
 
 
@@ -720,11 +676,12 @@ def make_parser():
                         help=f"{', '.join(BENCHES)} or all (default: prefill decode)")
     model_options(parser)
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, no --model")
-    parser.add_argument("--gates", metavar="FILE", help="gate file (default: the model's own)")
-    parser.add_argument("--admit", type=admit_option, metavar="SHARE",
-                        help="admit a random share, such as 0.25, while random gates run beside; "
-                        "0.45,0.05: of the KV heads in turn (default: what the gates say; with "
-                        "--shape and in kernels 0.25)")
+    admission = parser.add_mutually_exclusive_group()
+    admission.add_argument("--gates", metavar="FILE", help="gate file (default: the model's own)")
+    admission.add_argument("--admit", type=shares_option, metavar="SHARE",
+                           help="admit a random share, such as 0.25, while random gates run "
+                           "beside; 0.45,0.05: of the KV heads in turn (default: what the gates "
+                           "say; with --shape 0.25)")
     parser.add_argument("--window", type=whole(1), default=256, metavar="W",
                         help="W, where no gate file says it (256)")
     parser.add_argument("--tokens", type=whole(2), nargs="+", default=[1024, 4096, 16384, 32768],
@@ -738,8 +695,6 @@ def make_parser():
     parser.add_argument("--runs", type=whole(1), default=3, metavar="N", help="of each side (3)")
     parser.add_argument("--steps", type=whole(1), default=32, metavar="N",
                         help="decode steps a run (32)")
-    parser.add_argument("--plain", action="store_true",
-                        help="kernels: the portable prefill kernel as well as Hopper's")
     parser.add_argument("--json", metavar="FILE", help="where the figures go")
     parser.add_argument("--plot", action="store_true", help="draw assets/time.png and end")
     return parser
@@ -754,16 +709,14 @@ def check_options(args, device):
             raise UserError(f"{name}: there are {', '.join(BENCHES)} and all")
         if name in NEED_A_GPU and device.type != "cuda":
             raise UserError(f"{name} needs a CUDA device: what it times is Triton on a GPU")
-    if args.shape and (args.gates or args.admit == "gates"):
-        raise UserError("--shape has random weights, for which there are no gates: give a share, "
-                        "such as --admit 0.25")
-    if args.gates and args.admit not in (None, "gates"):
-        raise UserError("--gates and a share of --admit contradict each other: give one of them")
-    if args.json:
-        check_writable(args.json)
+    if args.shape and args.gates:
+        raise UserError("--shape has random weights, for which there are no gates: give --admit")
     if args.admit is None:
         args.admit = [0.25] if args.shape else "gates"
-    args.shares = [0.25] if args.admit == "gates" else args.admit
+    if args.chunk is None:
+        args.chunk = 8192 if device.type == "cuda" else 4096
+    if args.json:
+        check_writable(args.json)
 
 
 def main(argv=None):
@@ -777,12 +730,10 @@ def main(argv=None):
         model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"])
     else:
         model = load_model(args)
-    if args.chunk is None:
-        args.chunk = 8192 if device.type == "cuda" else 4096
     args.peaks = measure_peaks(device)
 
     results = dict(machine(device), model=model.name, date=time.strftime("%Y-%m-%d"),
-                   ceilings=args.peaks, admit=args.admit, window=args.window, chunk=args.chunk,
+                   peaks=args.peaks, admit=args.admit, window=args.window, chunk=args.chunk,
                    batch=args.batch)
     weights = sum(p.nbytes for p in model.parameters()) / 2**30
     say(f"{results['machine']}, torch {results['torch']}; {model.name}, {weights:.2f} GiB")

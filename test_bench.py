@@ -75,8 +75,7 @@ def test_bench_without_a_dense_side(tmp_path):
     (["--tokens", "1"], "should be a whole number of at least 2, it is '1'"),
     (["--runs", "0"], "should be a whole number of at least 1, it is '0'"),
     (["--shape", "llama-3.1-8b", "--gates", "x.safetensors"], "--shape has random weights"),
-    (["--shape", "llama-3.1-8b", "--admit", "gates"], "--shape has random weights"),
-    (["--gates", "x.safetensors", "--admit", "0.2"], "give one of them"),
+    (["--gates", "x.safetensors", "--admit", "0.2"], "not allowed with argument --gates"),
     (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json cannot be written"),
 ), ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bench_refuses_bad_options_in_one_line(argv, words, capsys):
@@ -118,7 +117,7 @@ def tiny_shape(Hkv=2, L=2):
 def test_simulated_admission_admits_its_shares():
     """Heads that share a decision, layers that do; a split that changes what is admitted."""
     model = SimpleNamespace(config=tiny_shape(), device=DEVICE)
-    policy = bench.SimulatedAdmission(model, [0.5, 0.1], tokens=4000, window=16, seed=0)
+    policy = bench.SimulatedAdmission(model, [0.5, 0.1], tokens=4000, window=16)
     ran = []
     policy.gates = SimpleNamespace(gate=lambda *args: ran.append(args))
     positions = torch.arange(4000, device=DEVICE)[None]
@@ -172,11 +171,11 @@ def test_bench_kernels_calls_what_kernels_has(monkeypatch):
     prefill_attention = kernels.prefill_attention
     monkeypatch.setattr(kernels, "prefill_attention", spy)
     monkeypatch.setattr(bench, "device_times", once)
-    args = SimpleNamespace(tokens=[140], shares=[0.5, 0.1], window=40, runs=2, plain=True,
-                           peaks=dict(read=1e12, matrix=1e14))
+    args = SimpleNamespace(tokens=[140], admit=[0.5, 0.1], window=40, runs=2,
+                           peaks=dict(bandwidth=1e12, flops=1e14))
     model = SimpleNamespace(config=tiny_shape(), device=DEVICE)
     [row] = bench.bench_kernels(model, args)
-    assert len(called) == 5                     # dense, ours, plain; all layers' decode, the plan
+    assert len(called) == 4                     # dense, ours; all layers' decode, the plan
     assert row["ratio"] == 1 and len(row["decode_s"]) == 2
 
     # The kernels do not check shapes: what they get must be what they are documented to take.
@@ -201,8 +200,8 @@ def test_bench_train_takes_a_step_of_train_py():
 
 def test_the_picture_shows_medians():
     """Lengths without a dense side must leave a gap, not shift the others."""
-    rows = [dict(tokens=1024, dense_s=[5, 1, 2], gated_s=[1, 1, 4], floor_s=0.5),
-            dict(tokens=2048, dense_s=[], gated_s=[3], floor_s=1.0)]
+    rows = [dict(tokens=1024, dense_s=[5, 1, 2], gated_s=[1, 1, 4], roofline_s=0.5),
+            dict(tokens=2048, dense_s=[], gated_s=[3], roofline_s=1.0)]
     pyplot, axes = MagicMock(), (MagicMock(), MagicMock())
     pyplot.subplots.return_value = MagicMock(), axes
     bench.draw_time(pyplot, dict(prefill=rows, decode=rows, model="m", machine="n"))
