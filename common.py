@@ -60,6 +60,8 @@ def reason(error):
     """Why an exception was raised, in a few words: the system's own, or the first line of it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(printable(lines[0]), 200)       # parsers quote what they read
 

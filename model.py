@@ -20,8 +20,8 @@ wgkv.py has the caches.
 Letters in shapes: B sequences, T new tokens, S keys, Hq query heads, Hkv key/value heads, D head
 dim. Tensors that have heads are (B, heads, T, D).
 
-In order: config.json, RoPE, the model, from files to parameters. The last part is the longest and
-the dullest, because files in the wild come in many forms. Skip it at first reading.
+In order: RoPE, the model, the loader. Skip the loader at first reading: it is long and dull,
+because folders in the wild come in many forms.
 """
 import math
 import os
@@ -38,14 +38,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from common import (DTYPES, UserError, check_number, check_regular, free_bytes, one_line, quoted,
                     read_json, reading, say)
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-
-
-# ------------------------------------------------------------------------------------ config.json
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes and arithmetic depend on. `read_config` says where each value is found."""
+    """What shapes and arithmetic depend on. The loader finds the values in config.json."""
     model_type: str = "llama"
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -63,161 +59,7 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    dtype: str | None = None                    # what the folder says its weights are
-
-
-class Fields:
-    """The fields of a JSON object from a file, checked for type and range where they are asked for.
-
-    A null counts as absent: folders write `"rope_scaling": null` and the like.
-    """
-
-    def __init__(self, path, values, of=""):
-        self.path = path
-        self.values = values
-        self.of = of                            # for messages: whose fields these are
-
-    def get(self, key, default=None):
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def number(self, key, low, high, default=None, whole=False):
-        return check_number(self.path, self.of + key, self.get(key, default), low, high, whole)
-
-    def size(self, key, most, default=None):
-        return self.number(key, 1, most, default, whole=True)
-
-    def flag(self, key, default=False):
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "should be true or false")
-        return value
-
-    def error(self, key, value, why):
-        return UserError(f"{self.path}: {self.of}{key} {quoted(value)} {why}")
-
-
-def read_config(folder):
-    """The Config in folder/config.json. A UserError names the key that we would get wrong."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: a model is a folder in Hugging Face layout, with "
-                        "config.json, tokenizer.json and model.safetensors (or index and shards)")
-    c = Fields(path, read_json(path))
-    refuse_unsupported(c)
-    kind = c.get("model_type")
-    dtype = c.get("dtype", c.get("torch_dtype"))
-    if dtype is not None and not isinstance(dtype, str):
-        raise c.error("dtype", dtype, "should be a name such as bfloat16")
-
-    # The limits are far above every model we know: Llama 405B has 126 layers of 16,384. They only
-    # keep a broken config from making us work forever; `check_shapes` compares with the tensors.
-    hidden = c.size("hidden_size", 2**20)
-    heads = c.size("num_attention_heads", 2**14)
-    kv_heads = c.size("num_key_value_heads", 2**14, default=heads)
-    head_dim = c.size("head_dim", 2**14, default=hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{path}: num_attention_heads {heads} should be a multiple of "
-                        f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
-    theta, rope = read_rope(c)
-    bias = c.flag("attention_bias")
-    return Config(
-        model_type=kind,
-        vocab_size=c.size("vocab_size", 2**24),
-        hidden_size=hidden,
-        intermediate_size=c.size("intermediate_size", 2**20),
-        num_layers=c.size("num_hidden_layers", 1024),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm_eps=c.number("rms_norm_eps", 1e-12, 0.1, default=1e-6),
-        max_positions=c.size("max_position_embeddings", 2**30),
-        rope_theta=theta,
-        rope=rope,
-        tied=c.flag("tie_word_embeddings"),
-        qk_norm=kind == "qwen3",
-        qkv_bias=bias or kind == "qwen2",       # Qwen2 has these three biases and no key for them
-        out_bias=bias,
-        mlp_bias=c.flag("mlp_bias"),
-        dtype=dtype)
-
-
-def refuse_unsupported(c):
-    """UserError for a model that needs what this file does not have."""
-    kind = c.get("model_type")
-    if kind not in SUPPORTED:
-        raise c.error("model_type", kind, f"is not supported; supported are {', '.join(SUPPORTED)}")
-    if c.get("quantization_config"):
-        raise c.error("quantization_config", c.get("quantization_config"),
-                      "is not supported: quantised folders cannot be read")
-    if c.get("hidden_act", "silu") != "silu":
-        raise c.error("hidden_act", c.get("hidden_act"), "is not supported, only 'silu' is")
-
-    # Qwen2.5 stores a sliding window and switches it off; Mistral v0.1 has no switch and uses it.
-    window = c.get("sliding_window")
-    if window and c.flag("use_sliding_window", default=kind == "mistral"):
-        raise c.error("sliding_window", window, "is in use: such models are not supported")
-    layer_types = c.get("layer_types", [])
-    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
-        raise c.error("layer_types", layer_types, "should be a list of 'full_attention': "
-                      "sliding_window and linear-attention layers are not supported")
-
-
-# RoPE scaling: the settings that each type needs, and the range of each setting.
-ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
-ROPE_RANGES = {
-    "factor": (1, 1e6),
-    "original_max_position_embeddings": (1, 2**30),
-    "low_freq_factor": (1e-3, 1e3),
-    "high_freq_factor": (1e-3, 1e3),
-    "beta_fast": (1e-3, 1e6),
-    "beta_slow": (1e-3, 1e6),
-    "attention_factor": (1e-3, 1e3),
-    "mscale": (0, 1e3),
-    "mscale_all_dim": (0, 1e3),
-}
-
-
-def read_rope(c):
-    """rope_theta and the settings of RoPE scaling ({} for none) from the fields of a config.
-
-    transformers 5 moved rope_theta and rope_scaling into rope_parameters, and both forms are
-    around. A loader that knows one of them takes 10000 and no scaling for the other, and its model
-    goes wrong only in long texts.
-    """
-    rope = c.get("rope_parameters") or c.get("rope_scaling", {})
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise c.error("rope_parameters (or rope_scaling)", rope,
-                      "should be one set of settings for all layers")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in tuple(ROPE_NEEDS):
-        raise c.error("rope type", kind, "is not supported; supported are default, linear, llama3 "
-                      "and yarn")
-
-    rope = Fields(c.path, rope, of=f"{kind} RoPE's ")
-    theta = rope.get("rope_theta", c.get("rope_theta"))         # of two, the one transformers takes
-    if theta is None:
-        theta = 10000.0
-        say(f"{c.path}: no rope_theta, neither at the top nor in rope_parameters: 10000 is assumed")
-    theta = float(check_number(c.path, "rope_theta", theta, 2, 1e15))
-    if kind == "default":
-        return theta, {}
-
-    settings = {"rope_type": kind}
-    for key, (low, high) in ROPE_RANGES.items():
-        if key in ROPE_NEEDS[kind] or rope.get(key) is not None:
-            settings[key] = rope.number(key, low, high)
-    if rope.get("truncate") is not None:
-        settings["truncate"] = rope.flag("truncate")
-    if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
-        raise rope.error("low_freq_factor", settings["low_freq_factor"],
-                         f"should be below its high_freq_factor {settings['high_freq_factor']}")
-    return theta, settings
+    dtype: torch.dtype | None = None            # what the folder says its weights are
 
 
 # ------------------------------------------------------------------------------------------- RoPE
@@ -229,6 +71,13 @@ def read_rope(c):
 # The dot product of two rotated pairs depends only on the difference of their angles. So q . k
 # depends on how far apart query and key are, not on where they are. With D = 128 and theta =
 # 500,000 (Llama 3), pair 0 makes a full turn every 6.3 tokens and pair 63 every 2.6 million.
+
+def rotate(x, cos, sin):
+    """RoPE of x (B, heads, T, D). cos and sin (B, 1, T, D) are fp32, and so is the arithmetic."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)     # each pair (a, b) as (-b, a)
+    return (x * cos + turned * sin).to(x.dtype)
+
 
 def rope_frequencies(config):
     """inv_freq (D/2,) fp32 on the CPU, and the factor on cos and sin (1 except for yarn)."""
@@ -249,7 +98,7 @@ def rope_frequencies(config):
 
 
 def llama3_frequencies(config, inv_freq):
-    """Slow pairs are scaled, fast ones (which tell neighbours apart) kept, those between blended.
+    """Slow pairs are scaled, fast ones (which tell neighbors apart) kept, those between blended.
 
     Llama 3.1 has original context 8192, factor 8, low 1, high 4, theta 500,000, D = 128:
 
@@ -273,14 +122,14 @@ def yarn_frequencies(config, inv_freq):
     """
     D = config.head_dim
     r = config.rope
-    original = r.get("original_max_position_embeddings") or config.max_positions
+    original = r.get("original_max_position_embeddings", config.max_positions)
 
     def pair_that_turns(times):
         """Which m, as a real number, has original * inv_freq[m] = times * 2 pi?"""
         return D * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low = pair_that_turns(r.get("beta_fast") or 32)
-    high = pair_that_turns(r.get("beta_slow") or 1)
+    low = pair_that_turns(r.get("beta_fast", 32))
+    high = pair_that_turns(r.get("beta_slow", 1))
     if r.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, D - 1)
@@ -290,23 +139,13 @@ def yarn_frequencies(config, inv_freq):
 
 
 def yarn_temperature(r):
-    """YaRN's factor on cos and sin, for sharper attention: 0.1 log(4) + 1 = 1.139 for factor 4."""
-    if r.get("attention_factor") is not None:
+    """YaRN's factor on cos and sin sharpens attention: 1 + 0.1 log(4) = 1.139 for factor 4."""
+    if "attention_factor" in r:
         return r["attention_factor"]
-
-    def temperature(mscale):
-        return 0.1 * mscale * math.log(r["factor"]) + 1
-
+    growth = 0.1 * math.log(r["factor"])
     if r.get("mscale") and r.get("mscale_all_dim"):
-        return temperature(r["mscale"]) / temperature(r["mscale_all_dim"])
-    return temperature(1)
-
-
-def rotate(x, cos, sin):
-    """RoPE of x (B, heads, T, D). cos and sin (B, 1, T, D) are fp32, and so is the arithmetic."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)     # each pair (a, b) as (-b, a)
-    return (x * cos + turned * sin).to(x.dtype)
+        return (1 + growth * r["mscale"]) / (1 + growth * r["mscale_all_dim"])
+    return 1 + growth
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -494,12 +333,12 @@ class Llama(nn.Module):
 
         # Names and shapes stand in the files' headers. We compare them all before we allocate: on
         # the meta device parameters have shapes and no memory.
-        check_names(folder, config, files)
-        dtype = dtype or pick_dtype(config, files, device)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
-        check_shapes(model, files)
-        check_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device, dtype)
+            model = cls(config)
+        check_files(model, files, folder)
+        dtype = dtype or pick_dtype(config, files, device)
+        model = model.to(dtype)
+        check_memory(sum(p.nbytes for p in model.parameters()), device, dtype)
 
         model.to_empty(device=device)
         fill(model, files)
@@ -509,15 +348,34 @@ class Llama(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------- from files to parameters
+# ------------------------------------------------------------------------------------- the loader
+# `Llama.from_pretrained` uses this part from top to bottom: find the folder, read config.json, read
+# the headers of the safetensors files, compare names and shapes, copy the data.
 
 READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-METAS_OWN = ("Meta's own, with q and k rows in another order; use the Hugging Face files of the "
-             f"model ({SINGLE}, or {INDEX} and its shards, with names like self_attn.q_proj)")
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+# Numbers in a config.json: (smallest, largest, must it be whole?). The limits are far above every
+# model we know: Llama 405B has 126 layers of 16,384. They only keep a broken config from making us
+# work for hours; `check_files` compares with the tensors.
+NUMBERS = {
+    "vocab_size": (1, 2**24, True),
+    "hidden_size": (1, 2**20, True),
+    "intermediate_size": (1, 2**20, True),
+    "num_hidden_layers": (1, 1024, True),
+    "num_attention_heads": (1, 2**14, True),
+    "num_key_value_heads": (1, 2**14, True),
+    "head_dim": (1, 2**14, True),
+    "max_position_embeddings": (1, 2**30, True),
+    "rms_norm_eps": (1e-12, 0.1),
+    "rope_theta": (2, 1e15),
+    "factor": (1, 1e6),
+}
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 def find_folder(path):
@@ -530,14 +388,113 @@ def find_folder(path):
     try:
         from huggingface_hub import snapshot_download
         # Only what we read, at the top level: original/ and *.bin hold the same weights again.
-        folder = snapshot_download(path, allow_patterns=[*READ, INDEX, "model*.safetensors"],
-                                   ignore_patterns=["*/*"])
+        return snapshot_download(path, allow_patterns=[*READ, INDEX, "model*.safetensors"],
+                                 ignore_patterns=["*/*"])
     except Exception as e:      # of any kind; the third line of a message may be the one to read
         why = one_line(e, 400) or type(e).__name__
         raise UserError(f"{path} is no local folder, and the hub did not give it: {why}") from None
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{path}: no config.json on the hub, or none in its cached copy {folder}")
-    return folder
+
+
+def read_config(folder):
+    """The Config in folder/config.json; UserError for a model that we would get wrong."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: a model is a folder in Hugging Face layout, with "
+                        "config.json, tokenizer.json and model.safetensors (or index and shards)")
+    with reading(path):
+        c = read_json(path)
+        if c.get("model_type") == "mistral":
+            c.setdefault("sliding_window", 4096)        # what transformers takes for a missing key
+        c = without_nulls(c)
+        refuse_unsupported(path, c)
+        check_fields(path, c)
+        kind = c["model_type"]
+        theta, rope = read_rope(path, c)
+        heads = c["num_attention_heads"]
+        kv_heads = c.get("num_key_value_heads", heads)
+        head_dim = c.get("head_dim", c["hidden_size"] // heads)
+        if heads % kv_heads or head_dim % 2 or head_dim == 0:
+            raise UserError(f"{path}: num_attention_heads {heads} should be a multiple of "
+                            f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
+        bias = c.get("attention_bias", False)
+        config = Config(
+            model_type=kind,
+            vocab_size=c["vocab_size"],
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            num_layers=c["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=c.get("rms_norm_eps", 1e-6),
+            max_positions=c["max_position_embeddings"],
+            rope_theta=theta,
+            rope=rope,
+            tied=c.get("tie_word_embeddings", False),
+            qk_norm=kind == "qwen3",
+            qkv_bias=bias or kind == "qwen2",       # Qwen2 has them, and no key says so
+            out_bias=bias,
+            mlp_bias=c.get("mlp_bias", False),
+            dtype=DTYPES.get(c.get("dtype", c.get("torch_dtype"))))
+        # A RoPE setting that is missing, no number or out of its domain fails here.
+        inv_freq, scale = rope_frequencies(config)
+        if not (inv_freq * scale).isfinite().all():
+            raise UserError(f"{path}: its RoPE settings give frequencies that are not finite")
+        return config
+
+
+def without_nulls(fields):
+    """A null counts as absent: folders write `"rope_scaling": null` and the like."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def check_fields(where, fields):
+    """UserError for a number that is none or out of its range, and for a flag that is none."""
+    for key, value in fields.items():
+        if key in NUMBERS:
+            check_number(where, key, value, *NUMBERS[key])
+        if key in FLAGS and not isinstance(value, bool):
+            raise UserError(f"{where}: {key} should be true or false, it is {quoted(value)}")
+
+
+def refuse_unsupported(path, c):
+    """UserError for a model that needs what this file does not have."""
+    kind = c.get("model_type")
+    # Qwen2.5 stores a sliding window and switches it off. Mistral has no switch, only null.
+    window_in_use = c.get("sliding_window") and (kind == "mistral" or c.get("use_sliding_window"))
+    for key, unsupported, why in (
+            ("model_type", kind not in SUPPORTED, f"supported are {', '.join(SUPPORTED)}"),
+            ("quantization_config", c.get("quantization_config"), "such folders cannot be read"),
+            ("hidden_act", c.get("hidden_act", "silu") != "silu", "only 'silu' is"),
+            ("sliding_window", window_in_use, "models that use one cannot be read; for Mistral a "
+             "missing key means 4096, and null means none"),
+            ("layer_types", any(t != "full_attention" for t in c.get("layer_types", [])),
+             "every layer should be 'full_attention', not sliding_window or linear")):
+        if unsupported:
+            raise UserError(f"{path}: {key} {quoted(c.get(key))} is not supported: {why}")
+
+
+def read_rope(path, c):
+    """rope_theta and the settings of RoPE scaling from the fields of a config.
+
+    transformers 5 moved rope_theta and rope_scaling into rope_parameters, and both forms are
+    around. A loader that knows one of them takes 10000 and no scaling for the other, and its model
+    goes wrong only in long texts.
+    """
+    rope = without_nulls(c.get("rope_scaling") or c.get("rope_parameters") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"{path}: rope type {quoted(kind)} is not supported; supported are "
+                        "default, linear, llama3 and yarn")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rope_parameters {quoted(rope)} should be one set for all layers")
+    check_fields(f"{path}, {kind} RoPE", rope)
+
+    theta = rope.pop("rope_theta", c.get("rope_theta"))         # of two, the one transformers takes
+    if theta is None:
+        theta = 10000.0
+        say(f"{path}: no rope_theta, neither at the top nor in rope_parameters: 10000 is assumed")
+    return float(theta), {"rope_type": kind, **rope}
 
 
 def open_tensors(path):
@@ -561,7 +518,7 @@ class StoredTensor:
 
     def __init__(self, path, file, name):
         self.path, self.file, self.name = path, file, name
-        with reading(path):
+        with reading(path):                             # an index may name what is not there
             header = file.get_slice(name)
             self.shape = tuple(header.get_shape())
             self.dtype = header.get_dtype()             # "BF16" and the like
@@ -571,78 +528,48 @@ class StoredTensor:
             return self.file.get_tensor(self.name)
 
 
-def check_finite(path, name, tensor):
-    """UserError if a tensor holds NaN or infinity: the model's answers would be empty or senseless.
-
-    The smallest and the largest number tell, for a NaN makes both NaN. `isfinite` of all numbers
-    would take some 50 times as long, and as much memory as the tensor.
-    """
-    low, high = tensor.aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(f"{path}: {quoted(name)} holds NaN or infinity (as {kind})")
-
-
 def find_tensors(folder):
-    """{name without "model.": StoredTensor} of all tensors that the folder has for us.
+    """{name without "model.": StoredTensor} of all tensors that the folder has for us."""
+    opened = {}
+    tensors = {}
+    for name, file in weight_map(folder).items():
+        path = os.path.join(folder, file)
+        if name.endswith("attention.wq.weight"):
+            raise UserError(f"{path}: tensors named attention.wq are Meta's own, with q and k rows "
+                            "in another order; use the Hugging Face files of the model, with names "
+                            "like self_attn.q_proj")
+        if name.endswith("rotary_emb.inv_freq"):
+            continue                            # old files store what `rope_frequencies` computes
+        short = name.removeprefix("model.")
+        if short in tensors:
+            raise UserError(f"{path}: {quoted(short)} is there twice, with and without 'model.'")
+        if file not in opened:
+            opened[file] = open_tensors(path)
+        tensors[short] = StoredTensor(path, opened[file], name)
+    return tensors
 
-    If there is an index, it decides; else it is model.safetensors. We read no other file: folders
-    often hold the same weights again in another form.
+
+def weight_map(folder):
+    """{name of a tensor: its file}, from the index if there is one, else from model.safetensors.
+
+    We read no other file: folders often hold the same weights again in another form.
     """
     index = os.path.join(folder, INDEX)
     single = os.path.join(folder, SINGLE)
-    if os.path.lexists(index):
-        stored = open_shards(folder, index)
-    elif os.path.lexists(single):
-        file = open_tensors(single)
-        stored = [StoredTensor(single, file, name) for name in file.keys()]
-    elif any(name.startswith("consolidated") for name in os.listdir(folder)):
-        raise UserError(f"{folder}: consolidated.* are {METAS_OWN}")
-    else:
-        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there (*.bin are not read)")
-
-    files = {}
-    for tensor in stored:
-        if tensor.name.endswith("attention.wq.weight"):
-            raise UserError(f"{tensor.path}: tensors named attention.wq are {METAS_OWN}")
-        if tensor.name.endswith("rotary_emb.inv_freq"):
-            continue                            # old files store what `rope_frequencies` computes
-        name = tensor.name.removeprefix("model.")
-        if name in files:
-            raise UserError(f"{tensor.path}: {quoted(name)} is stored twice, with and without the "
-                            "prefix 'model.'")
-        files[name] = tensor
-    return files
-
-
-def open_shards(folder, index):
-    """[StoredTensor] of what the index names; UserError if a shard or a tensor in it is missing."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: it has no weight_map of tensor names to shards")
-    shards = {}
-    stored = []
-    for name, shard in weight_map.items():
-        path = shard_path(folder, index, shard)
-        if shard not in shards:
-            if not os.path.lexists(path):
-                raise UserError(f"{index}: the shard {quoted(shard)} that should hold "
-                                f"{quoted(name)} is not in the folder")
-            file = open_tensors(path)
-            shards[shard] = (file, set(file.keys()))
-        file, names = shards[shard]
-        if name not in names:
-            raise UserError(f"{index}: {quoted(name)} should be in {quoted(shard)} and is not")
-        stored.append(StoredTensor(path, file, name))
-    return stored
-
-
-def shard_path(folder, index, shard):
-    """folder/shard; UserError if that is outside the folder: an index names no other files."""
-    inside = isinstance(shard, str) and not os.path.isabs(shard) and "\\" not in shard
-    if not inside or ".." in Path(shard).parts or "\0" in shard:
-        raise UserError(f"{index}: the shard {quoted(shard)} lies outside the folder; refused")
-    return os.path.join(folder, shard)
+    if os.path.exists(index):
+        with reading(index):
+            shards = read_json(index)["weight_map"]
+            for name, shard in shards.items():
+                if os.path.basename(shard) != shard:
+                    raise UserError(f"{index}: the shard {quoted(shard)} lies outside the folder")
+                if not os.path.exists(os.path.join(folder, shard)):
+                    raise UserError(f"{index}: the shard {quoted(shard)} that should hold "
+                                    f"{quoted(name)} is not in the folder")
+        return shards
+    if os.path.exists(single):
+        return dict.fromkeys(open_tensors(single).keys(), SINGLE)
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there; *.bin and Meta's "
+                    "consolidated.* are not read, use the Hugging Face files of the model")
 
 
 def complete_config(config, files, folder):
@@ -670,59 +597,67 @@ def checkpoint_names(config):
     q = c.num_heads * c.head_dim
     kv = c.num_kv_heads * c.head_dim
     m = c.intermediate_size
-    linears = [     # theirs, ours, first row, last row + 1, has a bias
+    table = [       # theirs, ours, first row, last row + 1, has a bias
+        ("input_layernorm", "attn_norm", 0, None, False),
         ("self_attn.q_proj", "qkv", 0, q, c.qkv_bias),
         ("self_attn.k_proj", "qkv", q, q + kv, c.qkv_bias),
         ("self_attn.v_proj", "qkv", q + kv, q + 2 * kv, c.qkv_bias),
         ("self_attn.o_proj", "out", 0, None, c.out_bias),
+        ("post_attention_layernorm", "mlp_norm", 0, None, False),
         ("mlp.gate_proj", "gate_up", 0, m, c.mlp_bias),
         ("mlp.up_proj", "gate_up", m, 2 * m, c.mlp_bias),
         ("mlp.down_proj", "down", 0, None, c.mlp_bias),
     ]
-    norms = [("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm")]
     if c.qk_norm:
-        norms += [("self_attn.q_norm", "q_norm"), ("self_attn.k_norm", "k_norm")]
+        table += [("self_attn.q_norm", "q_norm", 0, None, False),
+                  ("self_attn.k_norm", "k_norm", 0, None, False)]
 
     names = {"embed_tokens.weight": ("embed.weight", 0, None),
              "norm.weight": ("norm.weight", 0, None)}
     if not c.tied:
         names["lm_head.weight"] = ("lm_head.weight", 0, None)
     for i in range(c.num_layers):
-        for theirs, ours, start, stop, has_bias in linears:
+        for theirs, ours, start, stop, has_bias in table:
             names[f"layers.{i}.{theirs}.weight"] = (f"layers.{i}.{ours}.weight", start, stop)
             if has_bias:
                 names[f"layers.{i}.{theirs}.bias"] = (f"layers.{i}.{ours}.bias", start, stop)
-        for theirs, ours in norms:
-            names[f"layers.{i}.{theirs}.weight"] = (f"layers.{i}.{ours}.weight", 0, None)
     return names
 
 
-def check_names(folder, config, files):
-    """UserError unless the files hold the tensors that the config asks for, and no other."""
-    names = checkpoint_names(config)
-    problems = []
-    for what, some in (("missing", names.keys() - files.keys()),
-                       ("not used by this model", files.keys() - names.keys())):
-        if some:
-            first = ", ".join(quoted(name) for name in sorted(some)[:3])
-            more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-            problems.append(f"{what}: {first}{more}")
-    if problems:
-        raise UserError(f"{folder}: the tensors do not fit the config; {'; '.join(problems)}")
+def check_files(model, files, folder):
+    """UserError unless the files hold what the config asks for, and nothing else."""
+    names = checkpoint_names(model.config)
+    missing = sorted(names.keys() - files.keys())
+    unused = sorted(files.keys() - names.keys())
+    if missing or unused:
+        raise UserError(f"{folder}: the tensors do not fit the config; "
+                        f"{len(missing)} missing: {quoted(missing[:3], 200)}, "
+                        f"{len(unused)} not used by this model: {quoted(unused[:3], 200)}")
 
-
-def check_shapes(model, files):
-    """UserError unless each stored tensor has the shape of its rows and a dtype that we read."""
     params = dict(model.named_parameters())
-    for name, (ours, start, stop) in checkpoint_names(model.config).items():
+    for name, (ours, start, stop) in names.items():
         stored = files[name]
         wanted = tuple(params[ours][start:stop].shape)
-        if stored.shape != wanted:
-            raise UserError(f"{stored.path}: {stored.name} has shape {quoted(stored.shape)}, "
-                            f"the config asks for {wanted}")
-        if stored.dtype not in STORED_DTYPES:
-            raise UserError(f"{stored.path}: {stored.name} is stored as {stored.dtype}; "
-                            f"supported are {', '.join(STORED_DTYPES)}")
+        if stored.shape != wanted or stored.dtype not in STORED_DTYPES:
+            raise UserError(f"{stored.path}: {stored.name} is {stored.dtype} of shape "
+                            f"{quoted(stored.shape)}; the config asks for shape {wanted}, and we "
+                            f"read {', '.join(STORED_DTYPES)}")
+
+
+def pick_dtype(config, files, device):
+    """fp32 on a CPU, else the config's dtype, else the embedding's own."""
+    if device.type == "cpu":
+        return torch.float32
+    return config.dtype or STORED_DTYPES[files["embed_tokens.weight"].dtype]
+
+
+def check_memory(needed, device, dtype):
+    """UserError, with the bytes, if the weights cannot fit. Where nobody knows, we just try."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        hint = "; --dtype bfloat16 halves it" if dtype == torch.float32 else ""
+        raise UserError(f"the weights need {needed / 2**30:.1f} GiB as {str(dtype)[6:]}, "
+                        f"{device} has {free / 2**30:.1f} GiB free{hint}")
 
 
 @torch.no_grad()
@@ -735,28 +670,21 @@ def fill(model, files):
         check_finite(files[name].path, files[name].name, rows)
 
 
+def check_finite(path, name, tensor):
+    """UserError if a tensor holds NaN or infinity: the model's answers would be empty or senseless.
+
+    The smallest and the largest number tell, for a NaN makes both NaN. `isfinite` of all numbers
+    would take some 50 times as long, and as much memory as the tensor.
+    """
+    low, high = tensor.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {quoted(name)} holds NaN or infinity (as {kind})")
+
+
 def compare_head(model, head):
     """Say so if a tied model's folder stores an LM head as well, and one that differs."""
     embedding = model.embed.weight
-    if head.shape == tuple(embedding.shape) and torch.equal(head.read().to(embedding), embedding):
-        return
-    say(f"{head.path}: the config ties lm_head to the embedding, but the stored lm_head differs: "
-        "the embedding is used")
-
-
-def pick_dtype(config, files, device):
-    """fp32 on a CPU, else the config's dtype, else the embedding's own."""
-    if device.type == "cpu":
-        return torch.float32
-    if config.dtype in DTYPES:
-        return DTYPES[config.dtype]
-    return STORED_DTYPES.get(files["embed_tokens.weight"].dtype, torch.float32)
-
-
-def check_memory(needed, device, dtype):
-    """UserError, with the bytes, if the weights cannot fit. Where nobody knows, we just try."""
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        hint = "; --dtype bfloat16 halves it" if dtype == torch.float32 else ""
-        raise UserError(f"the weights need {needed / 2**30:.1f} GiB as {str(dtype)[6:]}, "
-                        f"{device} has {free / 2**30:.1f} GiB free{hint}")
+    if head.shape != tuple(embedding.shape) or not head.read().to(embedding).equal(embedding):
+        say(f"{head.path}: the config ties lm_head to the embedding, but the stored lm_head "
+            "differs: the embedding is used")

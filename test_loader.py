@@ -293,87 +293,62 @@ def test_tied_and_untied_heads(tmp_path):
         assert (HEAD in stored) != tied
 
 
-@pytest.mark.parametrize("changes, theta, rope, remark", [
-    (dict(rope_theta=5e5, rope_scaling=None), 5e5, {}, False),
+@pytest.mark.parametrize("changes, theta, factor, remark", [
+    (dict(rope_theta=5e5, rope_scaling=None), 5e5, 1, False),
     (dict(rope_theta=ABSENT, rope_parameters=dict(rope_theta=5e5, rope_type="default")),
-     5e5, {}, False),
-    (dict(rope_theta=None, rope_parameters=dict(rope_theta=5e5)), 5e5, {}, False),
+     5e5, 1, False),
     (dict(rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)),        # as transformers decides it
-     5e5, {}, False),
-    (dict(rope_theta=ABSENT, rope_scaling=dict(type="default")), 1e4, {}, True),
-    (dict(rope_scaling=dict(type="linear", factor=2)), 1e4, LINEAR, False),
-    (dict(rope_scaling=dict(type="linear", rope_type="linear", factor=2)), 1e4, LINEAR, False),
-    (dict(rope_scaling=dict(type="linear", rope_type=None, factor=2)), 1e4, LINEAR, False),
-    (dict(rope_theta=ABSENT, rope_parameters=dict(LINEAR, rope_theta=5e5)), 5e5, LINEAR, False),
+     5e5, 1, False),
+    (dict(rope_theta=ABSENT, rope_scaling=dict(type="default")), 1e4, 1, True),
+    (dict(rope_scaling=dict(type="linear", factor=2)), 1e4, 2, False),
+    (dict(rope_scaling=dict(type="linear", rope_type=None, factor=2)), 1e4, 2, False),
+    (dict(rope_theta=None, rope_parameters=dict(LINEAR, rope_theta=5e5)), 5e5, 2, False),
+    (dict(rope_scaling=LINEAR, rope_parameters=dict(LINEAR, factor=3)), 1e4, 2, False),
 ])
-def test_where_rope_settings_are_found(changes, theta, rope, remark, tmp_path, capsys):
+def test_where_rope_settings_are_found(changes, theta, factor, remark, tmp_path, capsys):
     """A base of 10000 in silence, or scaling that is overlooked.
 
     The key may be another release's, or null.
     """
     model = M.Llama.from_pretrained(make_folder(tmp_path, **changes))
-    assert (model.config.rope_theta, model.config.rope) == (theta, rope)
+    assert model.inv_freq[:2].tolist() == pytest.approx([1 / factor, theta ** -0.25 / factor])
     assert ("rope_theta" in capsys.readouterr().err) == remark
-    slower = 2 if rope else 1
-    assert model.inv_freq[:2].tolist() == pytest.approx([1 / slower, theta ** -0.25 / slower])
 
 
-UNSUPPORTED = [                 # (changes of the config, words of the refusal)
+REFUSED = [                     # (changes of the config, words of the refusal)
     (dict(model_type="gemma2"), ("model_type", "'gemma2'", "llama, mistral, qwen2, qwen3")),
-    (dict(model_type=ABSENT), ("model_type", "None", "llama, mistral, qwen2, qwen3")),
-    (dict(model_type=["llama"]), ("model_type", "['llama']")),
+    (dict(model_type=ABSENT), ("model_type", "None")),
     (dict(quantization_config=dict(quant_method="gptq", bits=4)), ("quantization_config", "gptq")),
-    (dict(quantization_config="fp8"), ("quantization_config", "fp8")),
-    (dict(model_type="mistral", sliding_window=4096), ("sliding_window", "4096")),
+    (dict(model_type="mistral", sliding_window=32), ("sliding_window", "32")),
+    (dict(model_type="mistral", sliding_window=32, use_sliding_window=False),
+     ("sliding_window", "32")),
+    (dict(model_type="mistral"), ("sliding_window", "4096", "missing")),
     (dict(model_type="qwen2", sliding_window=64, use_sliding_window=True),
      ("sliding_window", "64")),
-    (dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]),
-     ("sliding_window",)),
-    (dict(layer_types=7), ("layer_types", "7")),
-    (dict(layer_types=["full_attention", None]), ("layer_types", "None")),
+    (dict(layer_types=["full_attention", "sliding_attention"]), ("layer_types", "sliding")),
     (dict(hidden_act="gelu"), ("hidden_act", "'gelu'")),
     (dict(rope_scaling=dict(rope_type="longrope", factor=2)),
      ("'longrope'", "default, linear, llama3 and yarn")),
-    (dict(rope_scaling=dict(type="dynamic", factor=2)), ("'dynamic'",)),
-    (dict(rope_scaling=dict(type=["yarn"], factor=2)), ("['yarn']",)),
-    (dict(rope_parameters=dict(full_attention=LINEAR)), ("rope_parameters",)),
-    (dict(rope_scaling="yarn"), ("rope_scaling", "yarn")),
-]
-BAD_VALUES = [
-    (dict(rope_scaling=dict(type="yarn")), ("yarn", "factor", "None")),
+    (dict(rope_parameters=dict(full_attention=LINEAR)), ("rope_parameters", "all layers")),
+    (dict(rope_scaling=dict(type="yarn")), ("factor", "missing")),
     (dict(rope_scaling=dict(rope_type="yarn", factor=0)), ("yarn", "factor", "0")),
-    (dict(rope_scaling=dict(YARN, beta_fast=[32])), ("yarn", "beta_fast", "[32]")),
-    (dict(rope_scaling=dict(YARN, beta_slow=True)), ("yarn", "beta_slow", "True")),
-    (dict(rope_scaling=dict(YARN, attention_factor="1")), ("yarn", "attention_factor", "'1'")),
-    (dict(rope_scaling=dict(YARN, truncate=1)), ("yarn", "truncate", "1")),
-    (dict(rope_scaling=dict(YARN, mscale=-1)), ("yarn", "mscale", "-1")),
-    (dict(rope_scaling=dict(LLAMA3, factor=None)), ("llama3", "factor", "None")),
-    (dict(rope_scaling=LLAMA3), ("llama3", "original_max_position_embeddings")),
-    (dict(rope_scaling=dict(LLAMA3, original_max_position_embeddings=32, low_freq_factor=4.0)),
-     ("llama3", "low_freq_factor 4.0", "high_freq_factor 4.0")),
+    (dict(rope_scaling=LLAMA3), ("original_max_position_embeddings", "missing")),
     (dict(num_key_value_heads=3), ("num_attention_heads 4", "num_key_value_heads 3")),
-    (dict(hidden_size=ABSENT), ("hidden_size", "None")),
+    (dict(head_dim=9), ("head_dim 9",)),
+    (dict(hidden_size=ABSENT), ("hidden_size", "missing")),
     (dict(vocab_size="many"), ("vocab_size", "'many'")),
     (dict(num_hidden_layers=2.0), ("num_hidden_layers", "2.0")),
-    (dict(num_hidden_layers=True), ("num_hidden_layers", "True")),
-    (dict(head_dim=9), ("head_dim 9",)),
-    (dict(num_key_value_heads="2"), ("num_key_value_heads", "'2'")),
+    (dict(num_hidden_layers=10**5), ("num_hidden_layers", "100000")),
+    (dict(head_dim=10**4000), ("head_dim", "1000")),
     (dict(tie_word_embeddings="no"), ("tie_word_embeddings", "'no'")),
     (dict(attention_bias=0), ("attention_bias", "0")),
-    (dict(torch_dtype=["bfloat16"]), ("dtype", "['bfloat16']")),
     (dict(rope_theta=math.nan), ("NaN is not a number",)),
-    (dict(rms_norm_eps=math.inf), ("Infinity is not a number",)),
-    *((dict(rope_theta=x), ("rope_theta",)) for x in ("1e4", 0, -1e4, 1, 1e30, True, [1e4])),
-    *((dict(rms_norm_eps=x), ("rms_norm_eps",)) for x in ("1e-5", 0, -1e-5, 1e-30, 1e12, True)),
-    *(({key: 10**12}, (key, str(10**12))) for key in TINY if key.startswith(("num_", "max_"))
-      or key.endswith("_size")),
-    (dict(num_hidden_layers=10**5), ("num_hidden_layers", "100000")),
-    (dict(head_dim=10**12), ("head_dim", str(10**12))),
-    (dict(head_dim=10**4000), ("head_dim", "1000")),
+    (dict(rope_theta=True), ("rope_theta", "True")),
+    (dict(rms_norm_eps=0), ("rms_norm_eps", "0")),
 ]
 
 
-@pytest.mark.parametrize("changes, words", UNSUPPORTED + BAD_VALUES)
+@pytest.mark.parametrize("changes, words", REFUSED)
 def test_refused_configs(changes, words, tmp_path):
     """Text from a model that we compute wrongly, or a refusal that does not say why."""
     with at_most(2):
@@ -381,8 +356,8 @@ def test_refused_configs(changes, words, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(num_hidden_layers=1000), dict(vocab_size=2**24), dict(hidden_size=2**20, head_dim=8),
-    dict(intermediate_size=2**20), dict(head_dim=2**14)], ids=str)
+    dict(num_hidden_layers=1000), dict(vocab_size=2**24), dict(hidden_size=2**20, head_dim=8)],
+    ids=str)
 def test_sizes_are_compared_before_memory_is_allocated(changes, tmp_path, monkeypatch):
     """A model of the size that the config asks for is built, and only then the file is read."""
     make_folder(tmp_path)
@@ -393,20 +368,27 @@ def test_sizes_are_compared_before_memory_is_allocated(changes, tmp_path, monkey
 
 # ---------------------------------------------------------------------------------- broken files
 
-def damaged(cut):
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 4242\n"
+
+
+def in_place_of(name, make):
+    """A spoiler of folders: make(path) in place of a file."""
+    def spoil(folder):
+        make_folder(folder, shards=0 if name == M.SINGLE else 2)
+        (folder / name).unlink()
+        make(folder / name)
+    return spoil
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def cut_up(cut):
     """A spoiler of folders: model.safetensors with its bytes cut up."""
     def spoil(folder):
         file = make_folder(folder) / M.SINGLE
         file.write_bytes(cut(file.read_bytes()))
-    return spoil
-
-
-def replaced(name, make):
-    """A spoiler of folders: make(path) in place of a file."""
-    def spoil(folder):
-        make_folder(folder, shards=2 if name == M.INDEX else 0)
-        (folder / name).unlink()
-        make(folder / name)
     return spoil
 
 
@@ -420,18 +402,9 @@ def indexed(name, shard):
     return lambda folder: edit_index(make_folder(folder, shards=2), {name: shard})
 
 
-def index_text(text):
-    """A spoiler of folders: an index of this text."""
-    return lambda folder: (make_folder(folder, shards=2) / M.INDEX).write_text(text)
-
-
 def set_to(value, name=Q):
     """An edit: one number of a tensor is this value."""
     return lambda tensors: tensors[name].view(-1)[7:8].fill_(value)
-
-
-def lost_shard(folder):
-    (make_folder(folder, shards=2) / SHARD).unlink()
 
 
 def lost_head(folder):
@@ -439,67 +412,45 @@ def lost_head(folder):
     edit_index(folder, {HEAD: SHARD})
 
 
-def meta_folder(folder):
-    (write_config(folder) / "consolidated.00.pth").write_text("")
-
-
-OUTSIDE = ("/etc/hosts", "../model.safetensors", "a/../../model.safetensors",
-           "..\\model.safetensors", 7, None, ["model.safetensors"], "a\0b")
-POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 4242\n"
-CUTS = {
-    "empty": lambda b: b"",
-    "5 bytes": lambda b: b[:5],
-    "100 bytes": lambda b: b[:100],
-    "a byte short": lambda b: b[:-1],
-    "no header": lambda b: b"\xff" * 4096,
-    "mangled header": lambda b: b[:8] + b"{" + b[9:30] + b"\n\n" + b[32:],
-    "a header of 2^60 bytes": lambda b: (2**60).to_bytes(8, "little") + b[8:],
-    "a shape of 2^60": lambda b: b.replace(b"[40,32]", b"[%d]" % 2**60),
-}
 BAD_FOLDERS = {                 # id: (what makes the folder, words of the refusal)
     "no config": (lambda folder: None, ("config.json", "missing")),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"),
-                         ("config.json", "list")),
-    "config nested 100,000 deep": (
-        lambda folder: (folder / "config.json").write_text("[" * 10**5 + "]" * 10**5),
-        ("config.json", "JSON")),
-    "no weights": (write_config, (M.SINGLE, M.INDEX)),
-    "lm_head in the index only": (lost_head, (M.INDEX, HEAD, SHARD)),
-    "a shard in the index only": (lost_shard, (M.INDEX, SHARD, "model.")),
-    "index {}": (index_text("{}"), (M.INDEX, "weight_map")),
-    "index {": (index_text("{"), (M.INDEX, "JSON")),
-    "index with a list": (index_text('{"weight_map": []}'), (M.INDEX, "weight_map")),
-    "a shard that is a folder": (indexed(EMBED, "."), ("not a regular file",)),
-    "Meta's files": (meta_folder, ("consolidated", M.SINGLE)),
+    "config is a list": (in_place_of("config.json", text("[]")), ("config.json", "list")),
+    "config nested 100,000 deep": (in_place_of("config.json", text("[" * 10**5 + "]" * 10**5)),
+                                   ("config.json", "JSON")),
+    "only the config": (write_config, (M.SINGLE, M.INDEX, "consolidated", "Hugging Face")),
+    "lm_head in the index only": (lost_head, (HEAD, SHARD)),
+    "a shard in the index only": (lambda folder: (make_folder(folder, shards=2) / SHARD).unlink(),
+                                  (M.INDEX, SHARD, "model.")),
+    "index {}": (in_place_of(M.INDEX, text("{}")), (M.INDEX, "weight_map")),
+    "index {": (in_place_of(M.INDEX, text("{")), (M.INDEX, "JSON")),
+    "a shard that is the folder": (indexed(EMBED, "."), ("not a regular file",)),
+    "a shard that is a number": (indexed(EMBED, 7), (M.INDEX,)),
+    "an absolute shard": (indexed(EMBED, "/etc/hosts"), (M.INDEX, "'/etc/hosts'", "outside")),
+    "a shard above": (indexed(EMBED, "a/../../" + M.SINGLE), (M.INDEX, "outside")),
     "Meta's names": (stored(rename("self_attn.q_proj", "attention.wq")),
                      (M.SINGLE, "wq", "q_proj")),
     "head_dim is not stored so": (stored(put(Q, lambda t: t[Q][:1]), head_dim=16),
                                   (M.SINGLE, Q, "(1, 32)", "(64, 32)")),
     "a bias is missing": (stored(drop(Q_BIAS), model_type="qwen2"),
                           ("missing", "layers.0.self_attn.q_proj.bias")),
-    "a tensor is missing": (stored(drop("model.norm.weight")), ("missing", "norm.weight")),
-    "a tensor too many": (stored(put("model.extra", lambda t: torch.ones(8))),
-                          ("not used", "extra")),
-    "a name of odd characters": (stored(put("a\x1b[31m\nb", lambda t: torch.ones(8))),
-                                 ("not used", r"a\x1b[31m\nb")),
+    "a tensor too many": (stored(put("a\x1b[31m\nb", lambda t: torch.ones(8))),
+                          ("not used", r"a\x1b[31m\nb")),
     "stored under both names": (stored(put(EMBED[6:], lambda t: t[EMBED] + 1)),
                                 (M.SINGLE, EMBED[6:], "twice")),
     "whole numbers": (stored(put(Q, lambda t: t[Q].int())), (M.SINGLE, Q, "I32", "BF16")),
     "NaN": (stored(set_to(math.nan)), (M.SINGLE, Q, "NaN")),
     "infinity": (stored(set_to(-math.inf, EMBED)), (M.SINGLE, EMBED, "infinity")),
-    "git-lfs": (lambda folder: (make_folder(folder) / M.SINGLE).write_text(POINTER),
-                (M.SINGLE, "run git lfs pull")),
-    "git-lfs, shards": (lambda folder: (make_folder(folder, shards=2) / SHARD).write_text(POINTER),
-                        (SHARD, "run git lfs pull")),
-    **{f"the shard {shard!r}": (indexed(EMBED, shard), (M.INDEX, repr(shard), "outside"))
-       for shard in OUTSIDE},
-    **{f"cut: {what}": (damaged(cut), (M.SINGLE, "truncated")) for what, cut in CUTS.items()},
-    **{f"{name} is {what}": (replaced(name, make), (name, words))
-       for name in ("config.json", M.INDEX, M.SINGLE) for what, make, words in (
-           ("a named pipe", os.mkfifo, "not a regular file"),
-           ("a folder", os.mkdir, "not a regular file"),
-           ("an endless device", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-           ("a dangling link", lambda path: path.symlink_to("nowhere"), ""))},
+    "git-lfs": (in_place_of(M.SINGLE, text(POINTER)), (M.SINGLE, "run git lfs pull")),
+    "git-lfs, shards": (in_place_of(SHARD, text(POINTER)), (SHARD, "run git lfs pull")),
+    "5 bytes": (cut_up(lambda b: b[:5]), (M.SINGLE, "truncated")),
+    "a byte short": (cut_up(lambda b: b[:-1]), (M.SINGLE, "truncated")),
+    "a header of 2^60 bytes": (cut_up(lambda b: (2**60).to_bytes(8, "little") + b[8:]),
+                               (M.SINGLE, "truncated")),
+    "a shape of 2^60": (cut_up(lambda b: b.replace(b"[40,32]", b"[%d]" % 2**60)),
+                        (M.SINGLE, "truncated")),
+    "a named pipe": (in_place_of(M.SINGLE, os.mkfifo), (M.SINGLE, "not a regular file")),
+    "a dangling link": (in_place_of("config.json", lambda path: path.symlink_to("nowhere")),
+                        ("config.json", "missing")),
 }
 
 
@@ -511,34 +462,25 @@ def test_bad_folders(spoil, words, tmp_path):
         not_loaded(tmp_path, str(tmp_path), *words)
 
 
-def test_no_folder(tmp_path):
+def test_a_wrong_path_is_not_looked_up_on_the_hub(tmp_path):
     """A wrong path that is looked up on the hub, or ends in a traceback."""
     file = write_config(tmp_path) / "config.json"
-    for path in (tmp_path / "nowhere", file, "just-a-name", "./own/name", "../name", "~/name", ""):
+    for path in (tmp_path / "nowhere", file, "just-a-name", "./own/name", "../name", ""):
         not_loaded(path, str(path), "is no folder")
-    with pytest.raises(UserError, match="is no folder"):
-        M.find_folder("a\0b/c")
 
 
-def test_a_folder_of_links(tmp_path):
-    """The hub's own cache refused: it is a folder of links."""
-    want = logits(make_folder(tmp_path))
-    links = tmp_path / "links"
-    links.mkdir()
-    for name in ("config.json", M.SINGLE):
-        (links / name).symlink_to(tmp_path / name)
-    assert torch.equal(logits(links), want)
-
-
-def test_duplicates_beside_the_real_files(tmp_path):
-    """A glob that also reads what lies beside model.safetensors, or beside the index's shards."""
+def test_links_are_followed_and_duplicates_are_not_read(tmp_path):
+    """The hub's own cache (it is all links) refused; a glob that reads the same weights twice."""
     want = logits(make_folder(tmp_path))
     wrong = {name: t + 1 for name, t in load_file(tmp_path / M.SINGLE).items()}
-    (tmp_path / "original").mkdir()
+    links = tmp_path / "links"
+    (links / "original").mkdir(parents=True)
+    for name in ("config.json", M.SINGLE):
+        (links / name).symlink_to(tmp_path / name)
     for name in ("consolidated.safetensors", "model-00009-of-00009.safetensors",
                  "original/model.safetensors"):
-        save_file(wrong, tmp_path / name)
-    assert torch.equal(logits(tmp_path), want)
+        save_file(wrong, links / name)
+    assert torch.equal(logits(links), want)
     save_file(wrong, make_folder(tmp_path, shards=3) / M.SINGLE)
     assert torch.equal(logits(tmp_path), want)
 
@@ -557,7 +499,7 @@ def test_biases_that_only_the_file_knows(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-def test_dtypes_of_files(dtype, tmp_path):
+def test_stored_dtypes(dtype, tmp_path):
     """Stored bits that are misread, or rounded on the way."""
     make_folder(tmp_path, lambda t: t.update({n: x.to(dtype) for n, x in t.items()}))
     tensors = load_file(tmp_path / M.SINGLE)
@@ -565,11 +507,10 @@ def test_dtypes_of_files(dtype, tmp_path):
         model = M.Llama.from_pretrained(tmp_path, dtype=want)
         assert {p.dtype for p in model.parameters()} == {want}
         assert not any(p.requires_grad for p in model.parameters())
-        assert torch.equal(model.embed.weight, tensors[EMBED].to(want))
         assert torch.equal(model.layers[0].qkv.weight[:32], tensors[Q].to(want))
 
 
-def test_numbers_that_fp16_cannot_hold(tmp_path):
+def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path):
     """Infinities, and then NaN for an answer, from weights that are fine in the file."""
     make_folder(tmp_path, set_to(1e5))
     M.Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -620,13 +561,11 @@ def test_which_dtype(key, tmp_path):
     assert M.Llama.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
-def test_too_little_memory(tmp_path, monkeypatch):
+def test_too_little_memory_is_said_before_loading(tmp_path, monkeypatch):
     """A kill by the kernel instead of a line with the bytes."""
     with pytest.raises(UserError, match=r"1048576\.0 GiB as float32, cpu has .* GiB free; "
                                         "--dtype bfloat16 halves"):
         M.check_memory(2**50, CPU, torch.float32)
-    with pytest.raises(UserError, match=r"1048576\.0 GiB as bfloat16, cpu has [\d.]+ GiB free$"):
-        M.check_memory(2**50, CPU, torch.bfloat16)
     asked = []
     monkeypatch.setattr(M, "check_memory", lambda *args: asked.append(args))
     count = sum(t.numel() for t in load_file(make_folder(tmp_path) / M.SINGLE).values())
@@ -637,57 +576,38 @@ def test_too_little_memory(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------- hub names
 
-def fake_hub(monkeypatch, folder, cache, error=None):
-    """A hub whose repository owner/name is a local folder. Downloads go to the folder `cache`."""
+@pytest.mark.parametrize("shards", (0, 2))
+def test_the_hub_is_asked_only_for_what_is_read(shards, tmp_path, monkeypatch):
+    """All formats of a repository downloaded, original/ too."""
     hub = pytest.importorskip("huggingface_hub")
+    make_folder(tmp_path, shards=shards)
+    needed = {file.name for file in tmp_path.iterdir()} | set(M.READ)
+    others = {"consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors",
+              "original/config.json", "model.onnx", "README.md"}
 
     def download(repo, allow_patterns, ignore_patterns):
+        def matches(name, patterns):
+            return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
         assert repo == "owner/name"
-        if error:
-            raise error
-        for path in folder.rglob("*"):
-            name = str(path.relative_to(folder))
-            allowed = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-            ignored = any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns)
-            if path.is_file() and allowed and not ignored:
-                shutil.copy(path, cache / name)
-        return str(cache)
+        assert needed == {name for name in needed | others if matches(name, allow_patterns)
+                          and not matches(name, ignore_patterns)}
+        return str(tmp_path)
 
-    cache.mkdir(exist_ok=True)
     monkeypatch.setattr(hub, "snapshot_download", download)
-
-
-@pytest.mark.parametrize("shards", (0, 2))
-def test_hub_fetches_only_what_is_read(shards, tmp_path, monkeypatch):
-    """All formats of a repository downloaded, original/ too."""
-    folder, cache = tmp_path / "hub", tmp_path / "cache"
-    (folder / "original").mkdir(parents=True)
-    make_folder(folder, shards=shards)
-    read = {file.name for file in folder.glob("*") if file.is_file()}
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                 "chat_template.jinja"):
-        (folder / name).write_text("")
-        read.add(name)
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors",
-                 "original/config.json", "model.onnx", "README.md"):
-        (folder / name).write_text("")
-    fake_hub(monkeypatch, folder, cache)
     assert M.Llama.from_pretrained("owner/name").name == "owner/name"
-    assert set(os.listdir(cache)) == read
 
 
-def test_hub_failures(tmp_path, monkeypatch):
+def test_hub_failures_are_one_line(monkeypatch):
     """A network library's traceback, or forty lines of it, for a name that cannot be fetched."""
-    errors = pytest.importorskip("huggingface_hub.errors")
-    timeout = type("ReadTimeout", (Exception,), {})
-    for error in (errors.LocalEntryNotFoundError("no connection\nand more"), OSError(),
-                  ValueError("bad name"), timeout("too slow\n\n\nin all"),
-                  errors.OfflineModeIsEnabled("offline")):
-        fake_hub(monkeypatch, tmp_path, tmp_path / "cache", error)
+    hub = pytest.importorskip("huggingface_hub")
+    for error in (ConnectionError("no connection\n\nand more"), OSError(), ValueError("bad name")):
+        def download(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(hub, "snapshot_download", download)
         why = str(error).split() or ["OSError"]
         not_loaded("owner/name", "owner/name is no local folder", "hub", *why)
-    fake_hub(monkeypatch, tmp_path, tmp_path / "cache")
-    not_loaded("owner/name", "owner/name", "config.json")
 
 
 # ---------------------------------------------------------------------------------- hostile input
