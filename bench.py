@@ -365,7 +365,7 @@ def time_prefill_attention(c, pages, tokens, args):
 
     def ours():
         kernels.prefill_attention(q, band_k, band_v, band_g, pages.k, pages.v, table,
-                                  pages.num_old, W, 0.1)
+                                  pages.num_old, W, tau=0.1)
 
     dense_s, prefill_s = device_times(dense, ours, runs=args.runs, inner=1)
 
