@@ -1,7 +1,7 @@
 """The model and its loader: parity with transformers, RoPE, good and bad folders, hostile input."""
 import contextlib
-import copy
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,34 +96,19 @@ def test_equals_transformers(case, tmp_path):
 
 # ------------------------------------------------------------------------------------------- RoPE
 
-def llama3_by_hand(factor, D=128, base=5e5, original=8192):
-    """Meta's rule as Meta words it, by wavelength, in doubles."""
-    for m in range(D // 2):
-        f = base ** (-2 * m / D)
-        wavelength = 2 * math.pi / f
-        if wavelength < original / 4:
-            yield f
-        elif wavelength > original:
-            yield f / factor
-        else:
-            smooth = (original / wavelength - 1) / (4 - 1)
-            yield (1 - smooth) * f / factor + smooth * f
-
-
-@pytest.mark.parametrize("factor, literal", [
+@pytest.mark.parametrize("factor, pairs", [
     (8.0, {28: 3.211445994752591e-3, 31: 8.567514129196321e-4, 63: 3.068925988914511e-07}),
     (32.0, {28: 3.211445994752591e-3, 31: 7.625412033563571e-4, 63: 7.672314972286278e-08}),
 ], ids=("3.1", "3.2"))
-def test_llama3_frequencies(factor, literal):
+def test_llama3_frequencies(factor, pairs):
     """Scaling that is parsed and not applied, or another factor than the config's.
 
-    Either shows only in long texts.
+    Either shows only in long texts. Of the pairs, 28 is kept, 31 blended and 63 scaled.
     """
     rope = dict(LLAMA3, factor=factor, original_max_position_embeddings=8192)
     got, scale = M.rope_frequencies(M.Config(head_dim=128, rope_theta=5e5, rope=rope))
     assert scale == 1 and got.dtype == torch.float32
-    assert got.tolist() == pytest.approx(list(llama3_by_hand(factor)), rel=1e-5)
-    assert [got[m].item() for m in literal] == pytest.approx(list(literal.values()), rel=1e-5)
+    assert [got[m].item() for m in pairs] == pytest.approx(list(pairs.values()), rel=1e-5)
 
 
 def test_yarn_frequencies():
@@ -140,8 +124,6 @@ def test_yarn_frequencies():
     got, scale = M.rope_frequencies(M.Config(head_dim=D, rope_theta=base, rope=rope))
     assert got.tolist() == pytest.approx(want, rel=1e-5)
     assert scale == pytest.approx(1.1386294361)
-    literal = [6.978306e-3, 8.029597e-4, 3.102344e-7]
-    assert got[[23, 31, 63]].tolist() == pytest.approx(literal, rel=1e-5)
 
 
 def test_angles_at_100000_are_fp32_in_a_bf16_model(tmp_path):
@@ -259,9 +241,7 @@ SAME = {                        # id: (edit, changes of make_folder, what stderr
     "tied, the same lm_head stored": (put(HEAD, lambda t: t[EMBED].clone()), {}, ""),
     "tied, another lm_head stored": (put(HEAD, lambda t: t[EMBED] + 1), {}, "lm_head differs"),
     "tied, a small lm_head stored": (put(HEAD, lambda t: torch.ones(3)), {}, "lm_head differs"),
-    "tied, lm_head in bf16": (put(HEAD, lambda t: t[EMBED].bfloat16()), {}, "lm_head differs"),
     "untied, no lm_head": (drop(HEAD), UNTIED, "the embedding is used"),
-    "untied, no lm_head, shards": (drop(HEAD), dict(UNTIED, shards=2), "the embedding is used"),
     "only lm_head": (rename(EMBED, HEAD), {}, ""),
     "stale inv_freq": (put(INV_FREQ, lambda t: torch.full((4,), math.nan)), {}, ""),
     "no prefix": (rename("model.", ""), {}, ""),
@@ -489,13 +469,6 @@ def test_biases_that_only_the_file_knows(tmp_path):
     """Biases that are dropped, since the config says nothing about them."""
     want = logits(make_folder(tmp_path, attention_bias=True, mlp_bias=True))
     assert torch.equal(logits(write_config(tmp_path)), want)
-    block = M.Llama.from_pretrained(tmp_path).layers[0]
-    tensors = load_file(tmp_path / M.SINGLE)
-    for ours, theirs in ((block.qkv.bias[:32], "self_attn.q_proj"),
-                         (block.out.bias, "self_attn.o_proj"),
-                         (block.gate_up.bias[48:], "mlp.up_proj"),
-                         (block.down.bias, "mlp.down_proj")):
-        assert torch.equal(ours, tensors[f"model.layers.0.{theirs}.bias"])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
@@ -614,7 +587,7 @@ def test_hub_failures_are_one_line(monkeypatch):
 # Whatever a file holds, loading ends soon, either with one clean line or with a model that computes
 # numbers. First every bad value in every field, then random damage from a seed.
 
-CASES = int(os.environ.get("HOSTILE_CASES", 60))    # of each kind of random damage
+CASES = int(os.environ.get("HOSTILE_CASES", 50))    # of random damage to each file
 
 
 class Stuck(BaseException):
@@ -679,6 +652,7 @@ def use_text(folder):
 NASTY = [math.nan, math.inf, -1, 0, 1, 2, 0.5, 1e-300, 10**5, 10**12, 10**400,
          "", "x", "\x1b[31m\n", "\ud800", "a" * 10**5, [], {}, [1], ["x", None], {"a": {}},
          True, False, None, "DEEP 500", "DEEP 990", "DEEP 100000"]
+NASTY_TEXT = ["nan", "inf", "1e400", "10000000", "9" * 5000, "٣", "0", "-1", "x", "\x1b[31m\n"]
 
 
 def json_text(value):
@@ -689,9 +663,9 @@ def json_text(value):
     return text
 
 
-MORE_FIELDS = ("head_dim", "dtype", "torch_dtype", "attention_bias", "mlp_bias", "hidden_act",
-               "sliding_window", "use_sliding_window", "layer_types", "quantization_config",
-               "rope_scaling", "rope_parameters", "eos_token_id")
+FIELDS = (*TINY, "head_dim", "dtype", "torch_dtype", "attention_bias", "mlp_bias", "hidden_act",
+          "sliding_window", "use_sliding_window", "layer_types", "quantization_config",
+          "rope_scaling", "rope_parameters")
 ROPES = {
     "linear": dict(LINEAR, type="linear"),
     "llama3": dict(LLAMA3, original_max_position_embeddings=32, rope_theta=500.0),
@@ -704,15 +678,13 @@ ROPES = {
 def test_every_bad_value_in_every_field_of_a_config(rope, tmp_path, little_memory):
     """A type or a range that is not checked: NaN for an answer, a hang, or a traceback."""
     make_folder(tmp_path)
-    fields = ROPES[rope] if rope else (*TINY, *MORE_FIELDS)
-    for key in fields:
-        for value in NASTY:
-            change = {"rope_parameters": {**ROPES[rope], key: value}} if rope else {key: value}
-            (tmp_path / "config.json").write_text(json_text({**TINY, **change}))
-            ends_well(f"{rope} {key} = {value!r:.50}", use_model, tmp_path)
+    for key, value in itertools.product(ROPES.get(rope, FIELDS), NASTY):
+        change = {"rope_parameters": {**ROPES[rope], key: value}} if rope else {key: value}
+        (tmp_path / "config.json").write_text(json_text({**TINY, **change}))
+        ends_well(f"{rope} {key} = {value!r:.50}", use_model, tmp_path)
 
 
-def official_gates(L, Hkv, D, hidden, make=torch.randn):
+def official_gates(hidden, make=torch.randn, L=2, Hkv=2, D=8):
     """Gates in the layout of the authors' checkpoints; make(shape) is one of their tensors."""
     shapes = {"pre_key_norm.weight": (D,), "post_key_norm.weight": (D,),
               "conv1.weight": (Hkv * hidden, 2 * D, 1), "conv1.bias": (Hkv * hidden,),
@@ -721,17 +693,18 @@ def official_gates(L, Hkv, D, hidden, make=torch.randn):
             for i in range(L) for name, shape in shapes.items()}
 
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A folder with everything in it that a model, its text and its gates can have; its model."""
-    folder = tmp_path_factory.mktemp("good")
-    make_folder(folder)
-    tiny = Path(M.__file__).parent / "tiny"
+    folder = make_folder(tmp_path_factory.mktemp("good"))
     for name in TEXT_FILES:
-        shutil.copy(tiny / name, folder / name)
+        shutil.copy(common.HERE / "tiny" / name, folder / name)
     model = M.Llama.from_pretrained(folder)
     Gates.for_model(model).save(folder / "gates.safetensors", model)
-    torch.save(official_gates(2, 2, 8, 12), folder / "gates.pt")
+    torch.save(official_gates(12), folder / "gates.pt")
     return SimpleNamespace(folder=folder, model=model)
 
 
@@ -740,36 +713,24 @@ def test_every_bad_value_in_the_metadata_of_gates(good, tmp_path, little_memory)
     tensors = load_file(good.folder / "gates.safetensors")
     metadata = safe_open(good.folder / "gates.safetensors", "pt").metadata()
     path = tmp_path / "gates.safetensors"
-    for key in metadata:
-        for value in ("nan", "inf", "1e400", "10000000", "1_0", "-0.0", "9" * 5000, "٣", "²", "0",
-                      "2", "-1", "1e-9", "", "x", "\x1b[31m\n", "\0", "a" * 10**5):
-            save_file(tensors, path, {**metadata, key: value})
-            ends_well(f"{key} = {value!r:.50}", use_gates, path, good.model)
+    for key, value in itertools.product(metadata, NASTY_TEXT):
+        save_file(tensors, path, {**metadata, key: value})
+        ends_well(f"{key} = {value!r:.50}", use_gates, path, good.model)
 
 
 ODD_TENSORS = {                 # what a pickle can hold in a tensor's place
     "sparse": lambda t: t.to_sparse(),
-    "nested": lambda t: torch.nested.nested_tensor([t, t]),
-    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8),
     "a number, 10^8 times": lambda t: torch.ones(1).expand(10**8),
-    "a row, 10^8 times": lambda t: t[:1].expand(10**8, *t.shape[1:]),
     "without memory": lambda t: t.to("meta"),
     "complex": lambda t: t.to(torch.complex64),
-    "whole numbers": lambda t: t.int(),
-    "bits": lambda t: t.bool(),
     "NaN": lambda t: t * math.nan,
-    "infinity": lambda t: t + math.inf,
-    "empty": lambda t: t[:0],
     "a scalar": lambda t: t.flatten()[0],
-    "a parameter": torch.nn.Parameter,
-    "a dict": lambda t: {"a": t},
     "nothing": lambda t: None,
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(nested tensors|quantize_per_tensor|TypedStorage)")
 @pytest.mark.parametrize("odd", ODD_TENSORS)
-def test_every_odd_tensor_in_official_gates(odd, good, tmp_path, little_memory):
+def test_odd_tensors_in_official_gates(odd, good, tmp_path, little_memory):
     """Four bytes that become gigabytes, or a tensor of a kind that cannot be copied."""
     path = tmp_path / "gates.pt"
     tensors = torch.load(good.folder / "gates.pt")
@@ -778,25 +739,16 @@ def test_every_odd_tensor_in_official_gates(odd, good, tmp_path, little_memory):
         ends_well(f"{odd}: {name}", use_gates, path, good.model)
 
 
-def test_official_gates_larger_than_their_file(good, tmp_path, little_memory):
-    """A file of some kilobytes that asks for gigabytes: each tensor is one number, expanded."""
-    tensors = official_gates(2, 2, 8, 10**7, lambda shape: torch.ones(1).expand(shape))
-    torch.save(tensors, tmp_path / "gates.pt")
-    with pytest.raises(UserError, match="is no tensor of an official gate checkpoint"):
-        Gates.load(tmp_path / "gates.pt", good.model)
-
-
-@pytest.mark.parametrize("old, new", [("layers.0", "layers.999999999"), ("layers.1", "layers.²"),
-                                      ("layers.0", "layers." + "9" * 5000), ("bias", "bias\n"),
-                                      ("layers.1", "layers.01"), ("layers.1", "layers.-1")])
-def test_odd_names_in_official_gates(old, new, good, tmp_path):
-    """A loop over 10^9 layers, or a layer number that Python cannot read."""
+def test_official_gates_that_ask_for_too_much(good, tmp_path, little_memory):
+    """A file of some kilobytes that asks for gigabytes, or for a loop over 10^9 layers."""
     path = tmp_path / "gates.pt"
-    tensors = torch.load(good.folder / "gates.pt")
-    torch.save({**tensors, **{n.replace(old, new): t for n, t in tensors.items()}}, path)
-    ends_well(new, use_gates, path, good.model)
-    with pytest.raises(UserError):
-        Gates.load(path, good.model)
+    expanded = official_gates(10**7, lambda shape: torch.ones(1).expand(shape))
+    layers = {name.replace("layers.0", "layers.999999999"): tensor
+              for name, tensor in torch.load(good.folder / "gates.pt").items()}
+    for tensors in (expanded, layers):
+        torch.save(tensors, path)
+        with at_most(5), pytest.raises(UserError):
+            Gates.load(path, good.model)
 
 
 def spoil_json(value, rng):
@@ -807,67 +759,45 @@ def spoil_json(value, rng):
     if isinstance(value[key], (dict, list)) and rng.random() < 0.8:
         spoil_json(value[key], rng)
     elif isinstance(value, list) or rng.random() < 0.8:
-        value[key] = copy.deepcopy(rng.choice(NASTY))   # it may be spoilt in its turn
+        value[key] = rng.choice(NASTY)
     elif rng.random() < 0.5:
-        new = rng.choice(("", "x", "\n\x1b", "model.norm.weight", "norm.weight"))
-        value[new] = value.pop(key)
+        value[rng.choice(("", "\n\x1b", "model.norm.weight", "norm.weight"))] = value.pop(key)
     else:
         del value[key]
 
 
 def spoil_json_file(path, rng):
     value = json.loads(path.read_text())
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        spoil_json(value, rng)
+    spoil_json(value, rng)
     path.write_text(json_text(value))
 
 
-def spoil_bytes(path, rng, most=10**9):
-    """Cut a file, or change, insert or remove some of its first bytes."""
+def spoil_header(path, rng):
+    """Change the JSON header of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    spoil_json(header, rng)
+    text = json_text(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size:])
+
+
+def spoil_bytes(path, rng):
+    """Cut a file, or change or insert some bytes; half of the time near its beginning."""
     data = bytearray(path.read_bytes())
-    at = rng.randrange(min(len(data), most))
-    some = rng.choice((b"", b"\0", b"\xff" * 9, b"[" * 10**5, b'"', b"\xed\xa0\x80",
-                       rng.randbytes(3)))
-    how = rng.choice(("cut", "change", "insert"))
-    if how == "cut":
-        del data[at:]
-    elif how == "change":
-        data[at:at + len(some) + 1] = some
-    else:
-        data[at:at] = some
+    at = rng.randrange(rng.choice((len(data), min(len(data), 500))))
+    some = rng.choice((b"", b"\0", b"\xff" * 9, b"[" * 10**5, b'"', b"\xed\xa0\x80"))
+    end = rng.choice((at, at + len(some) + 1, len(data)))
+    data[at:end] = some
     path.write_bytes(data)
-
-
-def spoil_first_bytes(path, rng):
-    spoil_bytes(path, rng, most=500)
 
 
 def spoil_kind(path, rng):
     """Something else in a file's place."""
     path.unlink()
-    kind = rng.choice(("pipe", "folder", "link", "device", "nothing", "empty", "pointer"))
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind in ("link", "device"):
-        path.symlink_to("nowhere" if kind == "link" else "/dev/zero")
-    elif kind != "nothing":
-        path.write_text("" if kind == "empty" else POINTER)
-
-
-def spoil_header(path, rng):
-    """Change the JSON header of a safetensors file, or the 8 bytes that say how long it is."""
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + size])
-    if rng.random() < 0.2:
-        size = rng.choice((0, 1, size - 1, size + 1, 2**31, 2**60, 2**64 - 1))
-        path.write_bytes(size.to_bytes(8, "little") + data[8:])
-        return
-    spoil_json(header, rng)
-    text = json_text(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size:])
+    rng.choice((os.mkfifo, os.mkdir, text(""), text(POINTER), lambda path: None,
+                lambda path: path.symlink_to("nowhere"),
+                lambda path: path.symlink_to("/dev/zero")))(path)
 
 
 def spoil_tensors(path, rng):
@@ -875,25 +805,16 @@ def spoil_tensors(path, rng):
     metadata = safe_open(path, "pt").metadata()
     tensors = load_file(path)
     name = rng.choice(sorted(tensors))
-    tensor = tensors[name]
-    how = rng.randrange(5)
-    if how == 0:
-        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice((math.nan, math.inf))
-    elif how == 1:
-        tensors[name] = rng.choice((tensor[:1], tensor[None], tensor.view(-1), tensor[:0]))
-    elif how == 2:
-        tensors[name] = tensor.to(rng.choice((torch.int8, torch.bool, torch.float64, torch.half)))
-    elif how == 3:
-        tensors[rng.choice(("x", "\n\x1b", name + "x", name[6:]))] = tensors.pop(name)
-    else:
-        tensors[rng.choice((name[6:], "model." + name, "layers.999999999.w1"))] = tensor.clone()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    tensor = tensors.pop(name)
+    new_name = rng.choice((name, name, name, "\n\x1b", name[6:], "model." + name))
+    tensors[new_name] = rng.choice((
+        tensor, tensor * math.nan, tensor + math.inf, tensor[:1], tensor[None], tensor[:0],
+        tensor.to(torch.int8), tensor.bool(), tensor.double(), tensor.half())).contiguous()
+    save_file(tensors, path, metadata)
 
 
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 JSON_SPOILERS = (spoil_json_file, spoil_json_file, spoil_bytes, spoil_kind)
-TENSOR_SPOILERS = (spoil_tensors, spoil_tensors, spoil_tensors, spoil_header, spoil_header,
-                   spoil_first_bytes, spoil_kind)
+TENSOR_SPOILERS = (spoil_tensors, spoil_tensors, spoil_header, spoil_bytes, spoil_kind)
 HOSTILE = {                     # file: what may happen to it
     "config.json": JSON_SPOILERS,
     M.INDEX: JSON_SPOILERS,
@@ -926,8 +847,8 @@ def test_hostile_input(name, good, tmp_path, little_memory):
 
 # --------------------------------------------------------------------------------- forward passes
 
-def test_right_padding(tmp_path):
-    """Padding that is seen by, or stored for, the shorter sequences of a batch."""
+def test_right_padding_is_neither_seen_nor_stored(tmp_path):
+    """A shorter sequence of a batch that does not give what it gives alone."""
     model = M.Llama.from_pretrained(make_folder(tmp_path))
     tokens = torch.randint(40, (3, 13))
     more = torch.randint(40, (3, 4))
@@ -938,12 +859,12 @@ def test_right_padding(tmp_path):
     after = model(more, cache)
     for b, n in enumerate(lengths.tolist()):
         alone = model(torch.cat((tokens[b:b + 1, :n], more[b:b + 1]), dim=1))[0]
-        for got, want in ((plain[b, :n], alone[:n]), (cached[b, :n], alone[:n]),
-                          (after[b], alone[n:])):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain[b, :n], alone[:n], rtol=0, atol=1e-5)
+        torch.testing.assert_close(cached[b, :n], alone[:n], rtol=0, atol=1e-5)
+        torch.testing.assert_close(after[b], alone[n:], rtol=0, atol=1e-5)
 
 
-def test_who_runs_the_kernels():
+def test_kernels_need_a_gpu_and_rows_of_16_bytes():
     """Rows of no multiple of 16 bytes given to kernels that load 16; kernels without a GPU."""
     assert M.kernels_for(torch.ones(2, 16)) is None
     on_gpu = SimpleNamespace(is_cuda=True, shape=(2, 12))
