@@ -283,7 +283,7 @@ def read_prompts(model, kv, prompts, chunk):
     start = clock(model.device)
     with strongest_attention(model.device), progress(total, "prefill", "tokens") as bar:
         for b, prompt in enumerate(prompts):
-            last.append(prefill(model, kv.rows(b), [prompt], chunk, bar.update))
+            last.append(prefill(model, kv.sequences(b), [prompt], chunk, bar.update))
     return clock(model.device) - start, torch.cat(last)
 
 

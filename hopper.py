@@ -3,20 +3,20 @@
 Gluon is Triton's own lower level: the parts of a Hopper multiprocessor (SM) are named and the
 program says which warps do what. Here, as in FlashAttention-3, one warp only copies tiles from
 memory into shared memory (with the copy engine, TMA), and two warpgroups of 4 warps compute, each
-on 64 of the program's 128 queries. While one warpgroup computes its softmax, the tensor cores work
-for the other.
+on 64 of the program's 128 queries. Inside a warpgroup the products of one pair of tiles run beside
+the softmax of the next, by the order in which they are issued; besides, while one warpgroup is busy
+with exponents the tensor cores are free for the other, which nothing forces but usually happens.
 
     copy warp           K 0,1 | V 0,1 | K 2,3 | V 2,3 | ...        two tiles at a time, into a slot
-    warpgroup A         q.k 0,1    softmax 0,1   q.k 2,3 and p.v 0,1   softmax 2,3 ...
-    warpgroup B              q.k 0,1    softmax 0,1   q.k 2,3 and p.v 0,1 ...
+    a warpgroup         q.k 0,1    softmax 0,1    q.k 2,3 and p.v 0,1    softmax 2,3 ...
 
 The warps wait for each other at barriers in shared memory (mbarriers). Each of the SLOTS slots for
 K, and for V, has two: `full` completes when a copy has landed, `free` when both warpgroups have
-read the slot. A barrier alternates between two phases; the n-th use of a slot waits for phase
-n mod 2.
+read the slot. A barrier counts its completions modulo 2: wait(phase) returns once the phase of that
+parity has completed. Use n of a slot, counted from 0, waits for phase n mod 2.
 
-What is masked must be finite, since 0 * NaN is NaN: the unused slots of a page, and past a row's
-band the beginning of the next row's.
+What is masked must be finite, since 0 * NaN is NaN: the unused slots of a page (see wgkv.PagePool),
+and what a last tile may read past a row's band, the beginning of the next row's.
 
 compute-sanitizer (of CUDA 13.0): memcheck finds nothing. racecheck reports hazards, all of them in
 the some 300 bytes behind the buffers and barriers (0x20400 to 0x20527 with 128 KiB of K and V), in
@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # As in kernels.py.
-UNSPECIALIZED = ["T", "W", "columns", "heads"]
+UNSPECIALIZED = ["T", "W", "columns", "Hq"]
 INITIAL_MAX = gl.constexpr(-1e30)
 MASKED = gl.constexpr(-2e30)
 
@@ -100,7 +100,8 @@ def mask_scores(s, i, band_g, n, pages, t, first, t0, T, W, tau, P: gl.constexpr
     first .. first + 63 are the queries t. In a page, slots past the row's n old tokens are
     masked. In the band, the definition is applied. Of its six tiles (W = 256) most lie inside the
     window of all queries, or on the diagonal: the gates, which are far away in memory, are read
-    only for the one or two at the window's edge. """
+    only for the one or two at the window's edge.
+    """
     slot = gl.arange(0, P, layout=gl.SliceLayout(0, s.type.layout))
     j0 = t0 + 1 + (i - pages) * P                           # the tile's first index in the band
     if i < pages:
@@ -138,7 +139,7 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
     zero = gl.zeros([64, P], gl.float32, s_layout)
     o = gl.zeros([64, D], gl.float32, o_layout)
 
-    # The first pair has nothing before it. Only tiles that reach past place n need a mask.
+    # The first pair has nothing before it. Only tiles that reach past the n old tokens need a mask.
     mbarrier.wait(k_full.index(0), 0)
     a, b = start_scores(Q, k_buffer, 0, zero)
     a, b = warpgroup_mma_wait(0, (a, b))
@@ -160,7 +161,7 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
         a, b = start_scores(Q, k_buffer, slot, zero)
         mbarrier.wait(v_full.index(previous), (i // 2 - 1) // SLOTS & 1)
         o = start_values(p_a, p_b, v_buffer, previous, o)
-        a, b = warpgroup_mma_wait(2, (a, b))            # all but the two newest: q.k is done
+        a, b = warpgroup_mma_wait(2, (a, b))            # all but the two newest, p.v: q.k is done
         mbarrier.arrive(k_free.index(slot))
         if i * P + 2 * P > n:
             a = mask_scores(a, i, band_g, n, pages, t, t0 + half, t0, T, W, tau, P)
@@ -189,16 +190,16 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, out, tau, scale,
-                   T, W, columns, heads, q_b, q_h, q_t, out_b, out_h, out_t, G: gl.constexpr,
+                   T, W, columns, Hq, q_b, q_h, q_t, out_b, out_h, out_t, G: gl.constexpr,
                    D: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr):
     """One program: 128 queries of one query head; grid, pointers and masks as in kernels.py.
 
     Tiles come in pairs, so there may be one past the band's end: nothing of it is visible.
     """
     t0 = (gl.num_programs(1) - 1 - gl.program_id(1)) * 128
-    b = (gl.program_id(0) // heads).to(gl.int64)
-    h = (gl.program_id(0) % heads).to(gl.int64)
-    row = b * (heads // G) + h // G
+    b = (gl.program_id(0) // Hq).to(gl.int64)
+    h = (gl.program_id(0) % Hq).to(gl.int64)
+    row = b * (Hq // G) + h // G
     n = gl.load(num_old + row * T + t0).to(gl.int32)
     pages = (n + P - 1) // P
     # The band from index t0 + 1 to min(t0 + 128, T) - 1 + W, in tiles of P.
@@ -240,7 +241,9 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, page_table, num
                       tau):
     """Write kernels.prefill_attention's result to out (B, Hq, T, D); D 64 or 128, 16-bit types."""
     B, Hq, T, D = q.shape
-    Hkv, P = band_g.shape[1], page_k.shape[1]
+    Hkv = band_g.shape[1]
+    P = page_k.shape[1]
+    # Of any 16-bit type.
     layout = gl.NVMMASharedLayout.get_default_for([P, D], gl.bfloat16)
     described = [TensorDescriptor.from_tensor(x.view(-1, D), [P, D], layout)
                  for x in (band_k, band_v, page_k, page_v)]

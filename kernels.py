@@ -3,15 +3,15 @@
     rotate, gate                    keys on their way into the cache
     promote, promote_leaving        what leaves the window: into pages, or gone
     write_kv                        decode: the new token into its row
-    prefill_attention               many new tokens over pages and band: vertical-slash, exact
+    prefill_attention               many new tokens over pages and band (stripes and slash), exact
     plan_decode, decode_attention   one new token a sequence over ragged rows of pages
-    add_norm, silu_product          what else of a layer pays to be fused
+    add_norm, silu_product          other parts of a layer that are worth fusing
     soft_attention                  the student's attention in training, with its gradients
 
-Each kernel says (1) its formula, (2) how its grid maps to the data, (3) what its pointers point to,
-(4) what is masked and why. Each has a twin in plain PyTorch, named in its wrapper, and a test that
-both are equal. Without a GPU they run, slowly, in Triton's interpreter: set TRITON_INTERPRET=1
-before this file is imported (fp32 only: its bf16 products are wrong).
+Kernels say their formula, how the grid maps to the data, what pointers point to, what is masked
+and why. Each operation has a twin, the same in plain PyTorch, named in its wrapper, and a test
+that both are equal. Without a GPU they run, slowly, in Triton's interpreter: set
+TRITON_INTERPRET=1 before this file is imported (fp32 only: its bf16 products are wrong).
 
 All attention here is a streaming softmax (arXiv 2112.05682, 2205.14135). For the scores s_j of one
 query, in base 2 because exp2 is what the hardware has, in whatever order the keys come,
@@ -21,7 +21,10 @@ query, in base 2 because exp2 is what the hardware has, in whatever order the ke
 and two partial results (m, l, o) and (m', l', o') of disjoint keys combine by rescaling both to the
 larger of m and m'.
 
-Letters as in wgkv.py; a name with P or BLOCK in it is a tile size, a power of two (DP >= D).
+Letters as in wgkv.py. BT, BM, BN, BH are sizes of a tile: so many tokens, queries, keys, hidden
+units a program. DP and GP are D and G padded to a power of two, as tl.arange wants, and to 16, as
+the tensor cores want. tl.debug_barrier() makes all threads of a program wait for each other
+(__syncthreads).
 """
 import math
 from typing import NamedTuple
@@ -35,7 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton compiles anew for arguments that are 1 or multiples of 16. These vary from call to call, so
 # they are left unspecialised: one compilation serves all their values.
-UNSPECIALIZED = ["T", "W", "N", "R", "rows", "columns", "heads", "Hq", "Hkv", "ring_size"]
+UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size"]
 
 # A masked score, and the maximum before any score has been seen. They differ so that a row which
 # has seen only masked keys has weights 2^(MASKED - INITIAL_MAX) = 0; and both are finite, because
@@ -47,7 +50,9 @@ LOG2E = tl.constexpr(1 / math.log(2))
 
 @triton.jit
 def online_softmax(s, v, m, l, o):
-    """Add a tile of scores s (M, N) and values v (N, D) to the running m (M), l (M), o (M, D)."""
+    """Add a tile of scores s (BM, BN), base 2, and values v (BN, D) to the running m, l (BM), o
+    (BM, D).
+    """
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     rescale = tl.exp2(m - m_new)
@@ -111,7 +116,7 @@ def rotate(q, k, cos, sin):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, T, k_b, k_h, k_t,
-                r_b, r_h, r_t, heads, D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr,
+                r_b, r_h, r_t, Hkv, D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr,
                 BN: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
@@ -120,8 +125,9 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     hidden units are split over programs, and the last to arrive adds the parts, in their order, so
     that the same call always gives the same gates.
 
-    w1 (heads, HIDDEN, 2 D), b1, w2 (heads, HIDDEN), b2 (heads). All in fp32; only the factors of
-    W1 x go in as tf32 when keys have half precision, which is finer than such a key. """
+    w1 (Hkv, HIDDEN, 2 D), b1, w2 (Hkv, HIDDEN), b2 (Hkv). All in fp32; only the factors of W1 x
+    go in as tf32 (10 bits) when keys have half precision, which is no coarser than such a key.
+    """
     h = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -152,33 +158,37 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
 
     is_last = True
     if SPLITS > 1:
-        group = tl.program_id(0) * heads + h        # the SPLITS programs of these tokens and head
+        group = tl.program_id(0) * Hkv + h        # the SPLITS programs of these tokens and head
         partial += group * SPLITS * BN + tl.arange(0, BN)
         tl.store(partial + split * BN, logit)
-        tl.debug_barrier()                          # every thread's part, before we say we are here
+        tl.debug_barrier()                          # every thread's part is written: we arrive
         is_last = tl.atomic_add(arrivals + group, 1, sem="acq_rel") == SPLITS - 1
         if is_last:
             splits = tl.arange(0, SPLITS)[:, None] * BN
+            # .cg: past the L1 cache, which may hold what was there before the others wrote.
             logit = tl.sum(tl.load(partial[None, :] + splits, cache_modifier=".cg"), 0)
             tl.store(arrivals + group, 0)           # as the next launch expects it
     if is_last:
         g = 1 / (1 + tl.exp(-(logit + tl.load(b2 + h))))
-        tl.store(out + (b * heads + h) * T + t, g, n < N)
+        tl.store(out + (b * Hkv + h) * T + t, g, n < N)
 
 
-def gate(gate, k, k_rotated):
+def gate(parameters, k, k_rotated):
     """k, k_rotated (B, Hkv, T, D), D contiguous -> g (B, Hkv, T) fp32. Twin: wgkv.Gate.forward."""
     B, Hkv, T, D = k.shape
-    hidden = gate.w1.shape[1]
+    p = parameters          # a wgkv.Gate
+    hidden = p.w1.shape[1]
     N = B * T
-    BN = 16 if N <= 16 else 64 if D <= 128 else 32
+    BN = 64 if D <= 128 else 32
+    if N <= 16:
+        BN = 16
     BH = 32
     splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16) if N <= 64 else 1
     blocks = triton.cdiv(N, BN)
     out = torch.empty(B, Hkv, T, device=k.device, dtype=torch.float32)
     partial = out.new_empty(blocks * Hkv * splits * BN if splits > 1 else 1)
     gate_kernel[(blocks, Hkv, splits)](
-        k, k_rotated, gate.pre_norm, gate.post_norm, gate.w1, gate.b1, gate.w2, gate.b2, partial,
+        k, k_rotated, p.pre_norm, p.post_norm, p.w1, p.b1, p.w2, p.b2, partial,
         arrival_counters(k.device, blocks * Hkv if splits > 1 else 1), out, N, T, *k.stride()[:3],
         *k_rotated.stride()[:3], Hkv, D=D, DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden,
         BN=BN, BH=BH, SPLITS=splits, PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
@@ -192,10 +202,12 @@ ARRIVALS = {}
 def arrival_counters(device, n):
     """At least n int32 zeros, for "am I the last to arrive?". Each kernel leaves them zero.
 
-    They are shared by all launches on a device, which is safe on one stream.
+    All launches on a device share them, which is safe on one stream. They never move, because a
+    captured graph remembers where they are.
     """
-    if device not in ARRIVALS or len(ARRIVALS[device]) < n:
-        ARRIVALS[device] = torch.zeros(max(n, 4096), device=device, dtype=torch.int32)
+    assert n <= 65536, f"{n} rows: make the arrival counters larger"
+    if device not in ARRIVALS:
+        ARRIVALS[device] = torch.zeros(65536, device=device, dtype=torch.int32)
     return ARRIVALS[device]
 
 
@@ -205,8 +217,9 @@ def arrival_counters(device, n):
 def take_pages(free, num_free, table, have, need):
     """Move free pages into a row's page table, entries have .. need - 1.
 
-    The atomic gives this row a part of the stack for itself: with 9 free and 2 wanted it gets
-    the entries 8 and 7, and the next row, whichever that is, begins at 6.
+    The atomic takes need - have off the stack's height and returns what it was before. So this
+    row has a part of the stack for itself: with 9 free and 2 wanted it gets the entries 8 and 7,
+    and the next row, whichever that is, begins at 6.
     """
     height = tl.atomic_add(num_free, have - need)
     for start in range(have, need, 32):
@@ -219,7 +232,10 @@ def take_pages(free, num_free, table, have, need):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def extend_rows_kernel(numbers, counts, page_table, free, num_free, T, columns, R,
                        P: tl.constexpr):
-    """One program: one row, whose list grows to numbers[row, T - 1] tokens: pages for them."""
+    """One program: one row. Its list grows to numbers[row, T - 1] tokens; it takes pages for them.
+
+    numbers (rows, T) int64: each promoted token's number in its row's list, from 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row).to(tl.int32)
     after = tl.load(numbers + row * T + T - 1).to(tl.int32)
@@ -229,18 +245,19 @@ def extend_rows_kernel(numbers, counts, page_table, free, num_free, T, columns, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def promote_kernel(k, v, g, pos, promote_mask, numbers, page_table, page_k, page_v, page_g,
-                   page_pos, T, columns, heads, R, band, D: tl.constexpr, DP: tl.constexpr,
+                   page_pos, T, columns, Hkv, R, band, D: tl.constexpr, DP: tl.constexpr,
                    BT: tl.constexpr, P: tl.constexpr):
     """One program: BT tokens of one row; those in promote_mask are copied to their pages.
 
-    The n-th promoted token of a row goes to slot n mod P of page page_table[row, R + n // P]. k, v
-    (rows, band, D), g (rows, band) and pos (B, band): a token's index in the band is t.
+    Promoted token n of a row, counted from 0, goes to slot n mod P of page page_table[row, R + n //
+    P]. k, v (rows, band, D), g (rows, band) and pos (B, band) are the band of W + T tokens, whose
+    first T may leave the window. promote_mask, numbers (rows, T); numbers count from 1.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     d = tl.arange(0, DP)
     row = tl.program_id(1).to(tl.int64)
     go = tl.load(promote_mask + row * T + t, t < T, 0) != 0
-    n = tl.load(numbers + row * T + t, go, 1) - 1               # numbers count from 1
+    n = tl.load(numbers + row * T + t, go, 1) - 1
     page = tl.load(page_table + row * columns + R + n // P, go, 0).to(tl.int64)
     target = page * P + n % P
     source = row * band + t
@@ -251,7 +268,7 @@ def promote_kernel(k, v, g, pos, promote_mask, numbers, page_table, page_k, page
     tl.store(page_k + wide_target, tl.load(k + wide_source, here, 0.), here)
     tl.store(page_v + wide_target, tl.load(v + wide_source, here, 0.), here)
     tl.store(page_g + target, tl.load(g + source, go, 0.), go)
-    tl.store(page_pos + target, tl.load(pos + (row // heads) * band + t, go, 0).to(tl.int32), go)
+    tl.store(page_pos + target, tl.load(pos + (row // Hkv) * band + t, go, 0).to(tl.int32), go)
 
 
 def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, band_g, band_pos, R):
@@ -278,15 +295,16 @@ def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, ban
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts, free, num_free,
-                           num_tokens, num_new, tau, W, R, columns, heads, table_l, counts_l,
+                           num_tokens, num_new, tau, W, R, columns, Hkv, table_l, counts_l,
                            D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
     """One program: one row of one layer. Its oldest token leaves the ring: to the pages, or gone.
 
     Grid (B Hkv, L). page_table (L, B, Hkv, M) and counts (L, B, Hkv) may be views of some
-    sequences: table_l and counts_l are their strides from layer to layer. """
+    sequences: table_l and counts_l are their strides from layer to layer.
+    """
     row = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
-    b = row // heads
+    b = row // Hkv
     page_table += layer * table_l + row * columns
     counts += layer * counts_l + row
     position = tl.load(num_tokens + b)          # of the new token, which takes the old one's place
@@ -312,7 +330,8 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
     """Decode: promote what one new token a sequence pushes out of all layers' rings, in one launch.
 
     page_table (L, B, Hkv, M) and counts (L, B, Hkv), updated in place; num_tokens, num_new (B)
-    int64. The pool must hold a free page for each row. Twin: wgkv.DualCache.promote_leaving. """
+    int64. The pool must hold a free page for each row. Twin: wgkv.DualCache.promote_leaving.
+    """
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape
     promote_leaving_kernel[(B * Hkv, L)](
@@ -323,13 +342,16 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def write_kv_kernel(k, v, g, num_tokens, num_new, page_table, page_k, page_v, page_g, page_pos,
-                    ring_size, columns, heads, k_b, k_h, v_b, v_h, D: tl.constexpr,
+                    ring_size, columns, Hkv, k_b, k_h, v_b, v_h, D: tl.constexpr,
                     DP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr):
-    """One program: one row; its new token goes to place `position mod ring_size` of its list."""
+    """One program: one row; its new token goes to place `position mod ring_size` of its list.
+
+    k, v (B, Hkv, 1, D) with any strides of B and Hkv; g (rows); page_table (rows, columns).
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
-    b = row // heads
-    h = row % heads
+    b = row // Hkv
+    h = row % Hkv
     if tl.load(num_new + b) > 0:                # a sequence that has ended writes nothing
         position = tl.load(num_tokens + b)
         place = position % ring_size
@@ -345,9 +367,10 @@ def write_kv(page_k, page_v, page_table, k, v, num_tokens, num_new, window=None,
              page_pos=None, g=None):
     """Decode: the new token of each sequence into its row, in one layer.
 
-    k, v (B, Hkv, 1, D), D contiguous, k rotated; page_table (B, Hkv, M) int32; num_tokens,
-    num_new (B) int64. With a window the place is position mod window, and the gates g (B, Hkv, 1)
-    go to page_g and positions to page_pos; without one (a dense cache) it is the position itself.
+    k, v (B, Hkv, 1, D), D contiguous, k rotated; page_table (B, Hkv, M) int32; num_tokens, num_new
+    (B) int64. With a window the place is position mod window, and the gates g (B, Hkv, 1) go to
+    page_g and positions to page_pos; without one (a dense cache) it is the position itself. Twin:
+    the PyTorch branch of wgkv.DualCache.decode.
     """
     B, Hkv, _, D = k.shape
     gated = g is not None
@@ -362,25 +385,26 @@ def write_kv(page_k, page_v, page_table, k, v, num_tokens, num_new, window=None,
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, out, tau, scale,
-                   T, W, columns, heads, q_b, q_h, q_t, out_b, out_h, out_t, G: tl.constexpr,
+                   T, W, columns, Hq, q_b, q_h, q_t, out_b, out_h, out_t, G: tl.constexpr,
                    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr):
     """Softmax attention over a row's admitted keys outside the window, then over its band.
 
     Grid: axis 0 is sequence and query head, axis 1 the block of BM queries, the last block first.
     The last queries see the most keys, so they start first and short blocks fill the gaps at the
     end. Query heads of a group are neighbours on axis 0: they run at the same time over the same
-    pages, which then come from the L2 cache.
+    pages, which then come from the L2 cache. scale is log2(e) / sqrt(D): scores in base 2.
 
     page_k, page_v, band_k, band_v are tensor descriptors of (token, channel), read P tokens at a
     time: where there is a copy engine (TMA), it computes the addresses. num_old (rows, T).
 
     With W = 100, P = 64, BM = 64, the block of queries t0 = 128 .. 191 whose row has num_old[128]
     = 150: pages 0 and 1 whole, page 2 up to slot 21, then the band's indices 129 .. 291 in three
-    tiles. """
+    tiles.
+    """
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    h = (tl.program_id(0) % heads).to(tl.int64)
-    row = b * (heads // G) + h // G
+    b = (tl.program_id(0) // Hq).to(tl.int64)
+    h = (tl.program_id(0) % Hq).to(tl.int64)
+    row = b * (Hq // G) + h // G
     t = t0 + tl.arange(0, BM)
     d = tl.arange(0, DP)
     valid = (t < T)[:, None] & (d < D)[None, :]
@@ -398,19 +422,19 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
         s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee") * scale        # (BM, P)
         m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o)
 
-    # 2. The partial page. Its other slots may hold younger tokens, or nothing: their scores are
-    # masked, and their values set to 0, since 0 * NaN is NaN.
+    # 2. The partial page. Its other slots hold tokens promoted later in this call, which the band
+    # serves, or nothing: their scores are masked, and their values set to 0, since 0 * NaN is NaN.
     if n % P > 0:
         first = tl.load(page_table + n // P) * P
-        counts = tl.arange(0, P) < n % P
+        old = tl.arange(0, P) < n % P
         s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee") * scale
-        s = tl.where(counts[None, :], s, MASKED)
+        s = tl.where(old[None, :], s, MASKED)
         V = page_v.load([first, 0])
-        V = tl.where(counts[:, None], V, 0.).to(V.dtype)
+        V = tl.where(old[:, None], V, 0.).to(V.dtype)
         m, l, o = online_softmax(s, V, m, l, o)
 
-    # 3. The band, where index W + t is new token t: from t0 + 1, the begin of the first query's
-    # window, to the last query's own token. Here the definition is applied key by key.
+    # 3. The band, where index W + t is new token t: from t0 + 1, where the first query's window
+    # begins, to the last query's own token. Here the definition is applied key by key.
     i = W + t
     start = (row * (W + T)).to(tl.int32)
     band_g += row * (W + T)
@@ -438,7 +462,8 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, page_table, num
     none. page_k, page_v (N, P, D). page_table (B, Hkv, M) int32: entry 0 is the row's first page
     of promoted tokens. num_old (B, Hkv, T) int64: how many of those lie outside the window of new
     token t. Returns (B, Hq, T, D), laid out as (B, T, Hq, D), which the next product reads.
-    plain: not the Hopper kernel, even on a Hopper GPU. Twin: wgkv.banded_attention. """
+    plain=True: do not use the Hopper kernel, even on a Hopper GPU. Twin: wgkv.banded_attention.
+    """
     B, Hq, T, D = q.shape
     Hkv = band_g.shape[1]
     P = page_k.shape[1]
@@ -493,8 +518,8 @@ def stages(DP, dtype):
 
 # -------------------------------------------------------------------------------------- decode
 # Split-KV, as in Flash-Decoding, over all rows at once. The pages of all rows of a layer, row after
-# row, form one list of tiles, and each of the launch's programs takes an even share of it, so heads
-# that keep much and heads that keep little cost no program more than another. A program whose share
+# row, form one list of tiles, and each of the launch's programs takes an even share of it, so
+# whatever the heads keep, no program has more work than another. A program whose share
 # ends inside a row leaves a partial result; whoever arrives last at a row combines its partials.
 #
 # Three rows of 5, 1 and 6 tiles, four programs with 12 / 4 = 3 tiles each:
@@ -536,7 +561,8 @@ def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
     tl.store(tile_starts + 1 + r, tl.cumsum(tiles, 0), r < rows)
     tl.debug_barrier()                                      # all of tile_starts can be read now
 
-    # Each lane finds the row of one program's first tile: the last row that starts at it or before.
+    # Program p begins at tile total * p // programs. Each lane finds the row of one program's first
+    # tile, the last row that starts at it or before, by binary search.
     lane = tl.arange(0, LANES)
     tile = total * lane // tl.minimum(PROGRAMS, total)
     row = tl.zeros([LANES], tl.int32)
@@ -554,7 +580,9 @@ def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, prog
 
     counts (L, B, Hkv) int64: a row's tokens after its ring; num_tokens, num_new (B) int64.
     ring_pages and window: 0 and 1 for a dense cache, whose rows have no ring. programs: one for
-    each multiprocessor; two would leave twice the partials to combine. Returns a DecodePlan. """
+    each multiprocessor; two would leave twice the partials to combine (4 in the interpreter).
+    Returns a DecodePlan. Twin: wgkv.DualCache.plan_decode.
+    """
     L, B, Hkv = counts.shape
     rows = B * Hkv
     device = counts.device
@@ -577,19 +605,19 @@ def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, prog
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, tile_starts,
                   first_row, first_tile, partial_o, partial_m, partial_l, arrivals, out, scale,
-                  rows, heads, columns, R, W, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                  rows, Hkv, columns, R, W, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
                   DP: tl.constexpr, P: tl.constexpr, GM: tl.constexpr, COMBINE: tl.constexpr):
     """softmax(q k / sqrt(D)) v for one query a head over all that its row holds.
 
-    Grid: one axis; each program an even share of the layer's tiles (see above). The G queries of a
-    row's group are the rows of each product, padded to GP = 16, the least that tensor cores take.
+    The grid has one axis: each program takes an even share of the layer's tiles (see above). The G
+    queries that share a KV head are multiplied together, padded to GP = 16.
 
     q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). Places of a row's
     list beyond min(tokens, W) in its ring, and beyond its count after it, hold nothing: masked.
     """
     pid = tl.program_id(0)
     total = tl.load(tile_starts + rows).to(tl.int64)
-    programs = tl.minimum(tl.num_programs(0), total)        # of a short list some get nothing
+    programs = tl.minimum(tl.num_programs(0), total)        # with few tiles the last get none
     tile = (total * pid // programs).to(tl.int32)
     end = tl.where(pid < programs, total * (pid + 1) // programs, 0).to(tl.int32)
     row = tl.load(first_row + pid)
@@ -609,7 +637,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
         stop = tl.load(tile_starts + row + 1)
         last = tl.minimum(end, stop) - start
         count = tl.load(counts + row).to(tl.int32)
-        tokens = tl.load(num_tokens + row // heads) + tl.load(num_new + row // heads)
+        tokens = tl.load(num_tokens + row // Hkv) + tl.load(num_new + row // Hkv)
         in_ring = tl.minimum(tokens, W).to(tl.int32)
         q_offsets = (row * G + g).to(tl.int64)[:, None] * D + d[None, :]
         Q = tl.load(q + q_offsets, q_mask, 0.)              # (GP, DP)
@@ -620,7 +648,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
             held = tl.where(i < R, in_ring, R * P + count)  # places below this hold a token
             visible = i * P + slot < held
             here = visible[:, None] & (d < D)[None, :]
-            at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)
+            at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)        # so that loads are wide
             page = tl.load(table + i + 1, i + 1 < last, 0)  # a tile ahead: the next copy can start
             K = tl.load(page_k + at + offsets, here, 0.)
             V = tl.load(page_v + at + offsets, here, 0.)
@@ -655,8 +683,9 @@ def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits
             GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COMBINE: tl.constexpr):
     """A row's output from its partials: first the largest m, and then everything is a plain sum.
 
-    Each read waits for far memory, so COMBINE of them are in flight at a time. They bypass the L1
-    cache (.cg), which may hold what these addresses had before other programs wrote to them.
+    Each read waits for the L2 cache or DRAM, so COMBINE of them are in flight at a time. They
+    bypass the L1 cache (.cg), which may hold what these addresses had before other programs wrote
+    to them.
     """
     i = tl.arange(0, 64)
     g = tl.arange(0, GM)
@@ -688,26 +717,29 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
     """Attention of one new token a sequence, already written, over its rows' lists of pages.
 
     q (B, Hq, 1, D) contiguous; page_k, page_v (N, P, D); page_table (B, Hkv, M) int32 of this
-    layer; plan: from plan_decode. Returns (B, Hq, 1, D). Twin: wgkv.paged_attention. """
+    layer; plan: from plan_decode. Returns (B, Hq, 1, D). Twin: wgkv.paged_attention.
+    """
     B, Hq, _, D = q.shape
     Hkv = page_table.shape[1]
     rows = B * Hkv
     G = Hq // Hkv
-    GP = max(16, triton.next_power_of_2(G))
-    GM = triton.next_power_of_2(G)
+    GP = max(16, triton.next_power_of_2(G))         # of products
+    GM = triton.next_power_of_2(G)                  # of partials
     DP = max(16, triton.next_power_of_2(D))
     programs = plan.first_row.shape[1]
     partial_o = torch.empty(programs + rows, GM, DP, device=q.device, dtype=torch.float32)
     partial_m = torch.empty(programs + rows, GM, device=q.device, dtype=torch.float32)
     partial_l = torch.empty_like(partial_m)
     out = torch.empty_like(q)
+    # Reads in flight while combining: 16384 numbers, 64 KB, are what 128 threads can hold.
+    combine_at_once = max(1, min(32, 16384 // (GM * DP)))
     decode_kernel[(programs,)](
         q, page_k, page_v, page_table, plan.counts[layer], plan.num_tokens, plan.num_new,
         plan.tile_starts[layer], plan.first_row[layer], plan.first_tile[layer], partial_o,
         partial_m, partial_l, arrival_counters(q.device, rows), out,
         1 / math.sqrt(D) / math.log(2), rows, Hkv, page_table.stride(1), plan.ring_pages,
         plan.window, G=G, GP=GP, D=D, DP=DP,
-        P=page_k.shape[1], GM=GM, COMBINE=max(1, min(32, 16384 // (GM * DP))), num_warps=4,
+        P=page_k.shape[1], GM=GM, COMBINE=combine_at_once, num_warps=4,
         num_stages=6 if on_hopper(q) else stages(DP, q.dtype))
     return out
 
@@ -761,8 +793,9 @@ def add_norm(x, y, norm):
 
 
 # ------------------------------------------------------------------------------------ training
-# soft_attention: wgkv.SoftAttention's formula, with gradients for q, k, v and log_g. To be
-# skipped at a first reading.
+# soft_attention: wgkv.SoftAttention's formula, with gradients for q, k, v and log_g. To be skipped
+# at a first reading. In this section P is the matrix of probabilities, not the page size, L the
+# logarithm of their sums, dX the gradient with respect to X; and P (dP - delta) is elementwise.
 #
 # For query i and key j <= i, the gate of a key outside the window being a bias in log space,
 #
@@ -827,19 +860,21 @@ def add_bias(s, bias, i, j, W, KIND: tl.constexpr):
 @triton.jit
 def key_tiles(t0, T, W, BM: tl.constexpr, BN: tl.constexpr):
     """The bounds (far, near, diagonal, stop) drawn above, for queries t0 .. t0 + BM - 1."""
-    far = tl.maximum(t0 + 1 - W, 0) // BN * BN              # t0 - (j0 + BN - 1) >= W
-    diagonal = (t0 + 1) // BN * BN                          # j0 + BN - 1 <= t0
-    near = tl.cdiv(tl.maximum(t0 + BM - W, 0), BN) * BN     # t0 + BM - 1 - j0 < W
+    # A tile of keys j0 .. j0 + BN - 1 is
+    far = tl.maximum(t0 + 1 - W, 0) // BN * BN              # FAR if t0 - (j0 + BN - 1) >= W
+    near = tl.cdiv(tl.maximum(t0 + BM - W, 0), BN) * BN     # NEAR from t0 + BM - 1 - j0 < W on
+    diagonal = (t0 + 1) // BN * BN                          # and while j0 + BN - 1 <= t0
     return far, tl.minimum(near, diagonal), diagonal, tl.minimum(t0 + BM, T)
 
 
 @triton.jit
 def query_tiles(j0, T, W, BM: tl.constexpr, BN: tl.constexpr):
-    """Bounds for keys j0 .. j0 + BN - 1: queries [start, below) are EDGE, [below, edge) NEAR,
-    [edge, far) EDGE again, [far, T) FAR."""
-    below = tl.cdiv(j0 + BN - 1, BM) * BM                   # t0 >= j0 + BN - 1
-    edge = tl.maximum((j0 + W) // BM * BM, below)           # t0 + BM - 1 - j0 < W
-    far = tl.cdiv(j0 + BN - 1 + W, BM) * BM                 # t0 - (j0 + BN - 1) >= W
+    """The same for keys j0 .. j0 + BN - 1, down a column of the drawing: queries [start, below) are
+    EDGE, [below, edge) NEAR, [edge, far) EDGE again, [far, T) FAR."""
+    # A tile of queries t0 .. t0 + BM - 1 is
+    below = tl.cdiv(j0 + BN - 1, BM) * BM                   # NEAR from t0 >= j0 + BN - 1 on
+    edge = tl.maximum((j0 + W) // BM * BM, below)           # and while t0 + BM - 1 - j0 < W
+    far = tl.cdiv(j0 + BN - 1 + W, BM) * BM                 # FAR from t0 - (j0 + BN - 1) >= W on
     return j0 // BM * BM, below, edge, far
 
 
@@ -856,15 +891,15 @@ def forward_tile(Q, k, v, log_g, b, h, j0, i, m, l, o, scale, T, W, KIND: tl.con
 
 
 @triton.jit
-def forward_kernel(q, k, v, log_g, out, lse, scale, T, TP, W, heads, G, DP: tl.constexpr,
+def forward_kernel(q, k, v, log_g, out, lse, scale, T, TP, W, Hq, G, DP: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr):
     """One program: BM queries of one query head, on prefill_kernel's grid. L goes into lse."""
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
-    b = tl.program_id(0) // heads
-    hq = tl.program_id(0) % heads
+    b = tl.program_id(0) // Hq
+    hq = tl.program_id(0) % Hq
     h = hq // G
     i = t0 + tl.arange(0, BM)
-    log_g += (b * (heads // G) + h).to(tl.int64) * T
+    log_g += (b * (Hq // G) + h).to(tl.int64) * T
     Q = q.load([b, hq, t0, 0]).reshape(BM, DP)
     m = tl.full([BM], INITIAL_MAX, tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -896,15 +931,15 @@ def dq_tile(Q, dO, L, Delta, k, v, log_g, b, h, j0, i, dQ, scale, T, W, KIND: tl
 
 
 @triton.jit
-def dq_kernel(q, k, v, log_g, out, do, lse, delta, dq, scale, T, TP, W, heads, G, DP: tl.constexpr,
+def dq_kernel(q, k, v, log_g, out, do, lse, delta, dq, scale, T, TP, W, Hq, G, DP: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr):
     """One program: dQ of BM queries of one query head, on the forward grid; and their delta."""
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
-    b = tl.program_id(0) // heads
-    hq = tl.program_id(0) % heads
+    b = tl.program_id(0) // Hq
+    hq = tl.program_id(0) % Hq
     h = hq // G
     i = t0 + tl.arange(0, BM)
-    log_g += (b * (heads // G) + h).to(tl.int64) * T
+    log_g += (b * (Hq // G) + h).to(tl.int64) * T
     row = tl.program_id(0).to(tl.int64) * TP
     dO = do.load([b, hq, t0, 0]).reshape(BM, DP)
     O = out.load([b, hq, t0, 0]).reshape(BM, DP)
@@ -929,9 +964,10 @@ def dk_dv_tile(K, V, bias, q, do, lse, delta, b, hq, t0, j, dK, dV, dG, scale, W
                KIND: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of queries into dK, dV (BN, DP) and dG (BN), the gradient of log g.
 
-    Keys are the rows here, so P^T and dS^T need no transposing. Both products of the tile start
-    from what is subtracted from them, L and delta, as accumulators: that needs no registers of
-    its own. """
+    Keys are the rows here, so P^T and dS^T need no transposing. What is subtracted from the two
+    products, L and delta, is what their accumulators begin with: K Q^T begins at -L / scale, so
+    that times scale it is s - L. That saves registers.
+    """
     i = t0 + tl.arange(0, BM)
     Q = q.load([b, hq, t0, 0]).reshape(BM, DP)
     L = lse.load([b, hq, t0]).reshape(BM) * (-1 / scale)
@@ -941,7 +977,8 @@ def dk_dv_tile(K, V, bias, q, do, lse, delta, b, hq, t0, j, dK, dV, dG, scale, W
     Delta = -delta.load([b, hq, t0]).reshape(BM)
     dS = p * tl.dot(V, dO.T, tl.broadcast_to(Delta[None, :], (BN, BM)), input_precision="ieee")
     dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision="ieee")
-    # log g_j was added to the scores of queries outside the window only.
+    # log g_j was added to the scores of queries outside the window only. dS is with respect to S in
+    # natural logarithms, so no factor is due here, as one is for dK and dQ.
     if KIND == FAR:
         dG += tl.sum(dS, 1)
     if KIND == EDGE:
@@ -951,7 +988,7 @@ def dk_dv_tile(K, V, bias, q, do, lse, delta, b, hq, t0, j, dK, dV, dG, scale, W
 
 
 @triton.jit
-def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, kv_heads, G,
+def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, Hkv, G,
                  DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     """One program: dK, dV and d log g of BN keys of one KV head, over the G query heads sharing it.
 
@@ -960,8 +997,8 @@ def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, k
     the loads of L and delta unpipelined.
     """
     j0 = tl.program_id(1) * BN
-    b = tl.program_id(0) // kv_heads
-    h = tl.program_id(0) % kv_heads
+    b = tl.program_id(0) // Hkv
+    h = tl.program_id(0) % Hkv
     j = j0 + tl.arange(0, BN)
     row = tl.program_id(0).to(tl.int64) * T
     bias = tl.load(log_g + row + j, j < T, 0.) * LOG2E
@@ -971,9 +1008,11 @@ def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, k
     dV = tl.zeros([BN, DP], tl.float32)
     dG = tl.zeros([BN], tl.float32)
     start, below, edge, far = query_tiles(j0, T, W, BM, BN)
+    # Both EDGE stretches in one loop, [start, below) and [edge, far) cut at T, counted without the
+    # NEAR tiles between them. If T ends before `edge` there is only the first.
     stop = tl.maximum(tl.minimum(far, T) - (edge - below), tl.minimum(below, T))
     for hq in range(h * G, h * G + G):
-        for x in tl.range(start, stop, BM, num_stages=STAGES):      # both edges, as above
+        for x in tl.range(start, stop, BM, num_stages=STAGES):
             t0 = tl.where(x < below, x, x + edge - below)
             dK, dV, dG = dk_dv_tile(K, V, bias, q, do, lse, delta, b, hq, t0, j, dK, dV, dG, scale,
                                     W, EDGE, DP, BM, BN)
@@ -997,7 +1036,7 @@ DK_DV = {64: (64, 128, 8, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 1)}
 
 
 def tile(table, DP, dtype):
-    """(queries, keys, warps, stages). fp32 uses no tensor cores: it is for proofs, not speed."""
+    """(queries, keys, warps, stages). fp32 uses no tensor cores: it is for tests, not speed."""
     if dtype == torch.float32:
         return (32, 32, 4, 1) if DP <= 64 else (16, 16, 4, 1)
     return next(tiles for most, tiles in table.items() if DP <= most)
@@ -1019,7 +1058,8 @@ def descriptor(x, *block):
     """x (B, H, T, D) or (B, H, T) as a descriptor that loads blocks of one head.
 
     A dimension of size 1 may have any stride, also one that a descriptor refuses: it gets a good
-    one. """
+    one.
+    """
     strides = [x.shape[-1] if size == 1 else stride
                for size, stride in zip(x.shape[:-1], x.stride())]
     return TensorDescriptor(x, list(x.shape), strides + [1], [1, 1, *block])
@@ -1033,7 +1073,8 @@ class SoftAttentionFunction(torch.autograd.Function):
         B, Hq, T, D = q.shape
         Hkv = k.shape[1]
         out = torch.empty_like(q)
-        TP = triton.cdiv(T, 128) * 128          # whole tiles of L; where no query is, P comes to 0
+        # lse is padded to TP, whole tiles; where no query is, P comes to 0.
+        TP = triton.cdiv(T, 128) * 128
         lse = torch.full((B, Hq, TP), -INITIAL_MAX.value, device=q.device, dtype=torch.float32)
         DP = max(16, triton.next_power_of_2(D))
         BM, BN, warps, stages = tile(FORWARD, DP, q.dtype)
@@ -1085,5 +1126,6 @@ def soft_attention(q, k, v, log_g, window):
     if spare:
         q, k, v = (F.pad(x, (0, spare)) for x in (q, k, v))
     scale = 1 / math.sqrt(D) / math.log(2)      # base 2
+    # A window longer than the text is the text; it also keeps sums of positions small.
     out = SoftAttentionFunction.apply(q, k, v, log_g, min(window, q.shape[2]), scale)
     return out[..., :D] if spare else out

@@ -11,22 +11,27 @@ gate g[j],
 
     visible(i, j)  =  j <= i  and  ( i - j < W  or  g[j] >= tau )
 
-and attention is softmax attention over the visible keys. Everything below computes this, to
+and attention is softmax attention over the visible keys. All inference below computes this, to
 rounding, however a token sequence is split into calls: one prefill, chunks of any size, token by
-token, a second turn on a used cache.
+token, a second turn on a used cache. (Training, at the end, softens it.)
 
-    a new token --> ring of W slots --> g >= tau? --yes--> pages of P tokens, in order
-                    slot = pos mod W        |
-                                            +------no----> gone (its slot is overwritten)
+    a new token --> ring of W places --> g >= tau? --yes--> pages of P tokens, in order
+                    place = pos mod W        |
+                                             +------no----> gone (its place is overwritten)
 
-THREE WORDS. A token is *admitted* if its gate reached tau. It is *promoted* when it leaves the
-window: copied to the pages of its row. What a cache *keeps* is counted in bytes, over the bytes
-of a dense cache.
+WHY. For Llama-3.1-8B a token's keys and values take 2 x 32 layers x 8 heads x 128 numbers x 2 bytes
+= 128 KiB. A decode step reads the whole cache to make one token, a few operations a byte, so it is
+bound by memory bandwidth: a cache of a fifth of the size is read in a fifth of the time.
 
-THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads,
-G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring.
-Tensors are (B, heads, T, D). A *row* is one (layer, sequence, KV head): rows have different
-lengths, and a batch is more rows.
+FOUR WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An admitted token is
+*promoted* when it leaves the window: copied to the pages of its row. The share a cache *keeps* is
+the bytes it uses over the bytes a dense cache would use.
+
+THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads, G = Hq
+/ Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring. M columns
+of a page table, N pages in the pool. Tensors are (B, heads, T, D). A *row* is one (layer,
+sequence, KV head): rows have different lengths, and a batch just adds rows. A *place* is an index
+in a row's list, a *slot* an index in the pool.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
@@ -49,7 +54,7 @@ from torch.nn.attention.bias import causal_lower_right
 from common import UserError, check_number, check_regular, quoted, reading, replacing, say
 from model import attention, check_finite, kernels_for, open_tensors, refuse_pointer, rotate
 
-P = 64              # tokens a page: small enough to waste little, large enough for full speed
+P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
 MIN_GATE = 1e-3     # in training, so that log g stays finite
 
 
@@ -97,8 +102,8 @@ class SimpleCache:
         """Add one token, and return the attention output (D) of its query q (D)."""
         if len(self.ring) == self.window:
             leaving = self.ring.pop(0)
-            # Only now is the gate looked at: inside the window a token is visible anyway. Copied
-            # any earlier it would be seen twice; and what is refused never touches a page.
+            # Why only now? Inside the window a token is visible whatever its gate says. Copied any
+            # earlier it would be seen twice, and this way a refused token never touches a page.
             if leaving[3] >= self.tau:
                 self.pages.append(leaving)
         self.ring.append(token)
@@ -132,12 +137,14 @@ def demo():
 class Gate(nn.Module):
     """The gates of one layer, one for each KV head (section 3 of the paper).
 
-        x = [ RMSNorm(k before RoPE) ; RMSNorm(k after RoPE) ]      2D numbers
-        g = sigmoid( w2 . GELU(W1 x + b1) + b2 )                    E*D hidden numbers, one gate
+        x = [ RMSNorm(k before RoPE) ; RMSNorm(k after RoPE) ]      (2 D)
+        h = GELU(W1 x + b1)                                         (E D)
+        g = sigmoid(w2 . h + b2)                                    one number in (0, 1)
 
     The gate sees the key twice. Before RoPE it says what the token is, wherever it stands. After
     RoPE it is what later queries meet. The norm weights are shared by the heads of a layer, all
-    else is each head's own. E is the expansion. Parameters start as nn.Conv1d's do.
+    else is each head's own. E is the expansion. (The authors' gate is two Conv1d layers of size 1,
+    one group a head; these parameters start as theirs do.)
     """
 
     def __init__(self, Hkv, D, expansion):
@@ -155,7 +162,7 @@ class Gate(nn.Module):
     def forward(self, k, k_rotated):
         """k, k_rotated (B, Hkv, T, D), before and after RoPE -> g (B, Hkv, T) fp32."""
         kernels = kernels_for(k)
-        if kernels and not torch.is_grad_enabled():
+        if kernels and not torch.is_grad_enabled():         # the kernel has no backward pass
             return kernels.gate(self, k, k_rotated)
         B, Hkv, T, D = k.shape
         x = torch.stack((k, k_rotated), dim=-2).float()                     # (B, Hkv, T, 2, D)
@@ -172,7 +179,15 @@ class Gate(nn.Module):
 
 
 class Gates(nn.Module):
-    """A Gate for each layer, with the window and tau they belong to. An admission policy."""
+    """A Gate for each layer, with the window and tau they belong to.
+
+    Anything with a method `gate` like this one's, a window and a tau is an *admission policy*.
+
+    Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the student used
+    their keys with that weight. In our experiments 0.1 is the largest threshold that loses nothing
+    at any lambda (the weight of sparsity_loss): at a large lambda 100% of the needles are found at
+    0.1, 97.5% at 0.2, none at 0.4. To keep less, raise lambda instead.
+    """
 
     def __init__(self, L, Hkv, D, window=256, tau=0.1, expansion=4.0):
         super().__init__()
@@ -188,7 +203,7 @@ class Gates(nn.Module):
         return cls(*gate_shape(model), **settings).to(model.device)
 
     def gate(self, layer, k, k_rotated, positions):
-        """What makes it an admission policy: keys of new tokens in, gates (B, Hkv, T) fp32 out.
+        """Keys of new tokens in, their gates (B, Hkv, T) fp32 out.
 
         k and k_rotated (B, Hkv, T, D); positions (B or 1, T), which these gates do not look at.
         """
@@ -225,7 +240,8 @@ class RandomAdmission:
         """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
         B, Hkv, T, _ = k.shape
         head = torch.arange(Hkv, device=k.device)[:, None]                  # (Hkv, 1)
-        stream = head + 131 * layer + 65537 * (self.seed % 2**32)           # fits 64 bits
+        stream = head + 131 * layer + 65537 * (self.seed % 2**32)           # (Hkv, 1)
+        # The product may wrap around; only the low 32 bits are used.
         x = positions[:, None, :] + stream * 0x9E3779B1                     # (B or 1, Hkv, T)
 
         # A hash of 32-bit numbers that mixes well: shift, xor and multiply, three times.
@@ -248,12 +264,13 @@ class PagePool:
     """Pages of P tokens for all rows of all layers, and a stack of the free ones.
 
         k, v (N, P, D)         keys after RoPE, and values
-        g    (N, P) fp32       the token's gate
-        pos  (N, P) int32      its position
+        g    (N, P) fp32       the token's gate: a ring's are read when its tokens leave
+        pos  (N, P) int32      its position, for pictures and tests; with g 8 bytes a slot
         free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
 
-    Slot s of page p has the flat index p * P + s. Page 0 is a dummy that nobody owns: unused
-    entries of page tables point to it, so that they can be read without harm.
+    Slots count through all pages: slot p * P + i is the i-th of page p. Page 0 is a dummy that
+    nobody owns. Unused entries of page tables are 0, so a read through one stays inside the pool;
+    what it finds is masked.
     """
 
     def __init__(self, D, dtype, device):
@@ -275,27 +292,27 @@ class PagePool:
         return other
 
     def grow(self, pages):
-        """Add free pages. One tensor is copied at a time: at most half a pool is held twice."""
+        """Add free pages. One tensor is copied at a time, so at most half a pool is held twice."""
         old = len(self.k)
         for name in ("k", "v", "g", "pos", "free"):
             tensor = getattr(self, name)
             larger = tensor.new_empty(old + pages, *tensor.shape[1:])
             larger[:old] = tensor
-            larger[old:] = 0            # a page that holds no token must be finite: 0 * NaN is NaN
+            larger[old:] = 0    # not NaN: a masked key has weight 0, but 0 * NaN is NaN
             setattr(self, name, larger)
         height = int(self.num_free)
         self.free[height:height + pages] = torch.arange(old + pages - 1, old - 1, -1)
         self.num_free += pages
 
     def take(self, pages):
-        """Ids (pages) of free pages, off the top of the stack. The kernels' twin: take_pages."""
+        """Ids of free pages, off the top of the stack. (On a GPU: kernels.take_pages.)"""
         height = int(self.num_free)
         assert height >= pages, f"{pages} pages wanted, {height} are free"
         self.num_free -= pages
         return self.free[height - pages:height].flip(0)
 
     def release(self, ids):
-        """Put pages back on the stack, cleared: a NaN left there would spoil its next owner."""
+        """Put pages back on the stack, cleared: a NaN left there would reach their next row."""
         for name in ("k", "v", "g", "pos"):
             getattr(self, name)[ids.long()] = 0
         height = int(self.num_free)
@@ -320,9 +337,10 @@ class PagePool:
 class Cache:
     """What both caches share: lengths, positions, views of some sequences, reserved room.
 
-    A view (`rows`) is a cache of a few of the sequences: it has its own call under way, and shares
-    all memory with its `base`, the whole cache. So tensors that may be replaced (they grow) live in
-    the base alone, and everything else is updated in place.
+    A view (`sequences`) is a cache of a few of the sequences. It has positions and a plan of its
+    own and shares all memory with its `base`, the whole cache. So tensors that may be replaced,
+    because they grow, live in the base alone, and everything else is updated in place. One call
+    at a time.
     """
 
     def __init__(self, model, batch=1):
@@ -332,13 +350,16 @@ class Cache:
         self.D = c.head_dim
         self.device = model.device
         self.dtype = model.dtype
+        # By device and head dim.
         self.kernels = kernels_for(torch.empty(self.D, device=self.device))
         self.view_of = None         # of a view: the whole cache
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.expected = 0           # tokens a sequence will hold, where someone has said so
-        self.room = (0, batch, 0)   # sequences (first, count) may add so many tokens without asking
+        # (first, count, tokens): those sequences may add so many tokens each before the next
+        # make_room.
+        self.room = (0, batch, 0)
         self.in_call = False
 
     @property
@@ -347,7 +368,7 @@ class Cache:
 
     @property
     def num_tokens(self):
-        """(B) int64: the tokens that each sequence has. Only `end` changes it."""
+        """(B) int64: the tokens that each sequence has. `end` adds to it, `reset` clears it."""
         return self.base.all_num_tokens[self.first:self.first + self.B]
 
     @property
@@ -355,9 +376,9 @@ class Cache:
         """Can a one-token call be captured in a CUDA graph? (It can if the kernels do the work.)"""
         return self.kernels is not None and self.device.type == "cuda"
 
-    def rows(self, first, count=1):
+    def sequences(self, first, count=1):
         """A view of `count` sequences from `first` on: a cache too, in the same memory."""
-        assert 0 <= first and first + count <= self.B, f"rows {first} + {count} of {self.B}"
+        assert 0 <= first and first + count <= self.B, f"sequences {first} + {count} of {self.B}"
         view = copy.copy(self)
         view.view_of = self.base
         view.first = self.first + first
@@ -368,11 +389,11 @@ class Cache:
         """Start a call with T new tokens a sequence. Returns their positions (B, T).
 
         lengths (B): how many of the T are valid, in each sequence; the rest is padding on the
-        right. """
+        right.
+        """
         if self.base.in_call:
             raise RuntimeError("the last call on this cache did not reach its end: some layers "
                                "have its tokens, others do not. reset() the cache.")
-        self.base.in_call = True
         num_tokens = self.num_tokens
         self.padded = lengths is not None
         if lengths is None:
@@ -380,11 +401,13 @@ class Cache:
         else:
             self.num_new = lengths.to(num_tokens)
         self.positions = num_tokens[:, None] + torch.arange(T, device=self.device)
+        # Room is made for 64 tokens at least: one page a row, and one sync in 64 decode steps.
         first, count, room = self.base.room
         if (first, count) != (self.first, self.B) or room < T:
             room = max(T, P)
             self.make_room(room)
         self.set_room(room - T)
+        self.base.in_call = True
         return self.positions
 
     def end(self):
@@ -401,22 +424,24 @@ class Cache:
 
     @contextlib.contextmanager
     def reserve(self, steps):
-        """Make room for `steps` one-token calls; inside, none of them synchronises with the host.
+        """Make room for `steps` one-token calls; inside, none of them synchronizes with the host.
 
-        A captured graph does not run `begin` again, so this also keeps the pool from growing, and
-        moving, under the graph.
+        To ask a GPU for a number the host waits until the GPU's queue has run empty, and then the
+        GPU waits for new work. Besides, a CUDA graph repeats the kernels of `begin` but not its
+        Python: nobody would notice that room is short, and the pool must not move under a graph.
         """
         self.make_room(steps)
         self.set_room(steps)
         try:
             yield
         finally:
-            self.set_room(0)        # what is left of it is counted anew
+            self.set_room(0)        # a graph's steps were not counted: ask anew
 
     def reset(self):
         """Forget everything (a view: its sequences)."""
         self.num_tokens.zero_()
         self.set_room(0)
+        self.base.expected = 0
         self.base.in_call = False
         self.forget()
 
@@ -479,8 +504,8 @@ class DenseCache(Cache):
                                                  ring_pages=0, window=1, page_size=P)
         else:
             starts = self.num_tokens.tolist()
-            self.longest = max(starts) + T
-            self.even = min(starts) == max(starts)
+            self.longest = max(starts) + T                  # keys of the longest sequence
+            self.even = min(starts) == max(starts)          # all sequences have the same length
         return positions
 
     def attend(self, layer, q, k, v, cos, sin):
@@ -536,13 +561,13 @@ class DualCache(Cache):
     place R * P on, oldest first. With W = 100 and P = 64:
 
         R = 2      |<---------- the ring ----------->|<------ promoted, oldest first ------>|
-        place      0 .............. 99  100 .... 127   128 ...................... 128 + count
+        place      0 .............. 99  100 .... 127   128 ...................... 127 + count
                    position mod 100     never used     the first promoted token is in 128
         page       page_table[row, 0] and [row, 1]     page_table[row, 2], [row, 3], ...
 
     A query sees the places n < min(tokens, W) and R * P <= n < R * P + count: one rule, and so one
-    loop over one page table in decode. What a row can waste is less than a page at its end, and the
-    unused places of the ring.
+    loop over one page table in decode. A row wastes less than a page at its end (at most 63 tokens,
+    17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
     """
 
     def __init__(self, model, admission, batch=1, window=None, tau=None):
@@ -595,15 +620,18 @@ class DualCache(Cache):
     def make_room(self, tokens):
         """Room for `tokens` more tokens in each row, whatever their gates say.
 
-        Asking the device for two numbers here, once a call, spares every layer from asking.
-        ceil(n / P) pages a row suffice for n tokens, since what is left of the last page comes
-        first: with P = 64, a row of 50 tokens that takes 70 more goes from 1 page to 2, and from
-        2 to 3 at worst. """
+        Asking the device for some numbers here, once a call, spares every layer from asking. A row
+        that takes n tokens needs at most ceil(n / P) new pages. With P = 64 and n = 70 that is 2: a
+        row of 50 tokens goes from 1 page to 2, a row of 60 from 1 to 3.
+
+        So a prefill must find free pages for all its tokens, although most will be refused. Read a
+        long prompt in chunks, and only one chunk's worth stands empty.
+        """
         extra = pages_for(tokens)
         base = self.base
-        numbers = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
-                   base.all_num_tokens.max())
-        num_free, most, promoted, so_far = torch.stack([n.long() for n in numbers]).tolist()
+        asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
+                 base.all_num_tokens.max())
+        num_free, most, promoted, so_far = torch.stack([n.long() for n in asked]).tolist()
         wanted = self.L * self.B * self.Hkv * extra
         if num_free < wanted:
             larger = self.pool_size(wanted, promoted, so_far)
@@ -614,12 +642,14 @@ class DualCache(Cache):
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
 
     def pool_size(self, wanted, promoted, so_far):
-        """Pages that a pool which must grow should grow to, at least.
+        """The least size, in pages, of a pool that has to grow.
 
-        A pool that grows is copied. So where the length of the prompt is known, the pool grows
-        early, while it is small: to what the share promoted so far asks for at the end, a
-        twenty-fifth more, and the room that the last call will want. Elsewhere it grows by a
-        tenth. """
+        A growing pool is copied. So where the length of the prompt is known, it grows early,
+        while it is small: to what the share promoted so far asks for at the prompt's end, 4%
+        more, and the room that one call wants. After 8K of 200K tokens, 500 pages of promoted
+        tokens ask for 500 * 25 * 1.04 in the end. Where the length is not known, the pool grows
+        by a tenth.
+        """
         pages = len(self.pool.k)
         if self.base.expected <= so_far or so_far == 0:
             return pages + pages // 10
@@ -642,8 +672,9 @@ class DualCache(Cache):
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
         if T == 1:
-            # What leaves the ring in this step does not depend on the step. So all layers promote
-            # now, in one go, and the work of all layers' attention is divided in one go too.
+            # Which tokens leave the rings depends only on what is in them, not on what this step
+            # computes. So all layers promote now, in one launch; then all counts are known, and the
+            # work of all layers' attention is divided in another.
             if self.kernels:
                 self.kernels.promote_leaving(self.pool, self.page_table, self.counts,
                                              self.num_tokens, self.num_new, self.window, self.tau)
@@ -656,7 +687,8 @@ class DualCache(Cache):
 
     def promote_leaving(self):
         """The token that leaves each ring as one new token arrives: to the pages, or gone."""
-        # The new token takes the slot of the one that leaves: (p - W) mod W is p mod W.
+        # The new token takes the slot of the one that leaves, since (p - W) mod W is p mod W;
+        # `decode` writes it there.
         self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
         leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
         g = self.pool.g.view(-1)[self.slots]                                # (L, B, Hkv, 1)
@@ -669,8 +701,9 @@ class DualCache(Cache):
         """Append the tokens where promote_mask is True to their rows' lists, in order.
 
         table (N, B, Hkv, M) and counts (N, B, Hkv) of N layers, updated in place; promote_mask, g
-        and pos (N, B, Hkv, T), k, v (N, B, Hkv, T, D). The kernels' twin: promote. """
-        # Each token's number in its list, from 1.
+        and pos (N, B, Hkv, T), k, v (N, B, Hkv, T, D). The kernels' twin: promote.
+        """
+        # Each promoted token's number in its list, from 1; elsewhere it means nothing.
         numbers = counts[..., None] + promote_mask.cumsum(-1)
         after = numbers[..., -1]
         # A row's list grows from pages [0, have) to [0, need): each row's new entries get free
@@ -698,11 +731,11 @@ class DualCache(Cache):
         return self.prefill(layer, q, k_rotated, v, g)
 
     def prefill(self, layer, q, k, v, g):
-        """Many new tokens: the band, promotion, attention over pages and band, the new ring.
+        """Many new tokens in four steps: lay out the band, promote, attend, rewrite the ring.
 
         The *band* is one stretch of keys: the W tokens before the call, out of the ring, and then
-        the call's own. Index W + t is new token t, index t leaves the window when new token t
-        arrives:
+        the call's own. Index W + t is new token t; index t is the token that leaves the window when
+        new token t arrives:
 
             band index      0 ... W-1   |   W ... W+T-1
             position        S-W ... S-1 |   S ... S+T-1         (S tokens before the call)
@@ -715,12 +748,13 @@ class DualCache(Cache):
         ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, before))
         band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
         band_v = torch.cat((ring_v, v), dim=2)
-        band_g = torch.cat((ring_g, g), dim=2)          # (B, Hkv, W + T), -inf before the text
+        band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
         promote_mask = (band_g[:, :, :T] >= self.tau) & valid               # (B, Hkv, T)
-        # How many admitted tokens of a row lie outside the window of new token t.
+        # How many promoted tokens of a row lie outside the window of new token t: the *old* ones.
+        # Others promoted in this call come behind them, so t sees those in the band only.
         num_old = counts[..., None] + promote_mask.cumsum(-1)
-        band_pos = self.num_tokens[:, None] - W + torch.arange(W + T, device=self.device)
+        band_pos = torch.arange(-W, T, device=self.device) + self.num_tokens[:, None]   # (B, W + T)
         if self.kernels:
             self.kernels.promote(self.pool, table, counts, promote_mask, num_old, band_k, band_v,
                                  band_g, band_pos, self.R)
@@ -730,6 +764,7 @@ class DualCache(Cache):
             pos = band_pos[:, None, :T].expand_as(promote_mask)
             leaving = (promote_mask, band_k[:, :, :T], band_v[:, :, :T], band_g[:, :, :T], pos)
             self.promote(table[None], counts[None], *(x[None] for x in leaving))
+            # Each row's pages as one list: refused keys are neither read nor multiplied.
             old_k = self.all_rows(self.pool.k, layer)
             old_v = self.all_rows(self.pool.v, layer)
             y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, self.tau)
@@ -738,7 +773,7 @@ class DualCache(Cache):
         newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
         slots = self.ring_slots(table, newest + self.num_tokens[:, None] - W)       # (B, Hkv, W)
         pos = band_pos.gather(1, newest)[:, None].expand(-1, self.Hkv, -1)
-        self.pool.write(slots, *(take(x, newest) for x in (band_k, band_v, band_g)), pos)
+        self.pool.write(slots, *(gather_tokens(x, newest) for x in (band_k, band_v, band_g)), pos)
         return y
 
     def decode(self, layer, q, k, v, g):
@@ -766,7 +801,8 @@ class DualCache(Cache):
         """What each layer's decode reads: lists over layers of (pages, owner, hidden).
 
         pages (n): the ids of all pages in use, row after row; owner (n): the row that each
-        belongs to; hidden (n, P) bool: the slots that a query does not see. """
+        belongs to; hidden (n, P) bool: the slots that a query does not see.
+        """
         table = self.page_table
         column = torch.arange(table.shape[3], device=self.device)
         used = column < self.R + pages_for(self.counts)[..., None]          # (L, B, Hkv, M)
@@ -782,15 +818,15 @@ class DualCache(Cache):
 
     # --------------------------------------------------------------------------- looking inside
 
-    def row(self, pages, layer, b, h):
-        """A row's promoted tokens, oldest first: (count, ...) out of the pool's tensor `pages`."""
+    def row(self, x, layer, b, h):
+        """A row's promoted tokens, oldest first: (count, ...) out of x, a tensor of the pool."""
         count = int(self.counts[layer, b, h])
         ids = self.page_table[layer, b, h, self.R:self.R + pages_for(count)]
-        return pages[ids.long()].flatten(0, 1)[:count]
+        return x[ids.long()].flatten(0, 1)[:count]
 
-    def all_rows(self, pages, layer):
+    def all_rows(self, x, layer):
         """`row` for every sequence and head: a list of lists."""
-        return [[self.row(pages, layer, b, h) for h in range(self.Hkv)] for b in range(self.B)]
+        return [[self.row(x, layer, b, h) for h in range(self.Hkv)] for b in range(self.B)]
 
     def num_promoted(self):
         """Tokens in pages, over all rows."""
@@ -823,7 +859,7 @@ class DualCache(Cache):
         return out
 
 
-def take(x, index):
+def gather_tokens(x, index):
     """x[b, :, index[b]] for x (B, Hkv, N, ...) and index (B, n): the same places of every head."""
     b = torch.arange(len(x), device=x.device)[:, None]
     return x[b, :, index].transpose(1, 2)
@@ -839,10 +875,10 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     of its admitted keys, oldest first. num_old (B, Hkv, T): how many of them lie outside the
     window of new token t. Returns (B, Hq, T, D).
 
-    The queries t0 .. t1-1 of a block all see the num_old[t0] oldest admitted keys, without a mask.
-    Later keys lie in the band from index t0 + 1 (the begin of t0's window) to W + t1 - 1 (t1 - 1
-    itself), where the definition is applied key by key. With W = 100 and a block of queries 512 to
-    767: the band from 513 to 867, 355 keys, however long the text is.
+    The queries t0 .. t1-1 of a block all see the num_old[t0] oldest admitted keys, without a
+    mask. Later keys lie in the band from index t0 + 1 (the beginning of t0's window) to W + t1 -
+    1 (t1 - 1 itself), where the definition is applied key by key. With W = 100 and a block of
+    queries 512 to 767: the band from 513 to 867, 355 keys, however long the text is.
     """
     B, Hq, T, D = q.shape
     Hkv = k.shape[1]
@@ -850,14 +886,14 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     W = window
     q = q.view(B, Hkv, -1, T, D)                                            # (B, Hkv, G, T, D)
     out = torch.empty_like(q)
-    counts = num_old[:, :, ::block].tolist()
+    old_at_block = num_old[:, :, ::block].tolist()
     for t0 in range(0, T, block):
         t1 = min(t0 + block, T)
         i = torch.arange(W + t0, W + t1, device=q.device)[:, None]      # queries, as band indices
         j = torch.arange(t0 + 1, W + t1, device=q.device)               # keys of the band
         for b in range(B):
             for h in range(Hkv):
-                n = counts[b][h][t0 // block]
+                n = old_at_block[b][h][t0 // block]
                 band_g = g[b, h, t0 + 1:W + t1]
                 mask = q.new_ones(t1 - t0, n + len(j), dtype=torch.bool)
                 mask[:, n:] = visible(i, j, band_g, W, tau) & (band_g > -math.inf)
@@ -873,12 +909,13 @@ def paged_attention(q, k, v, owner, hidden):
     """Decode: attention of one query a head over the pages of its row; rows have different lengths.
 
     q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; owner (n): the row
-    that each page belongs to; hidden (n, P) bool: the slots that it does not see. Returns
+    that each page belongs to; hidden (n, P) bool: the slots its query does not see. Returns
     (rows, G, D).
 
-    This is split-KV, as in Flash-Decoding, with a page as the unit. Each page has its own largest
-    score and partial sums under weights exp(s - m); with m the largest score of the whole row, the
-    partial sums of a row simply add up. So nothing is padded to the longest row.
+    This is split-KV, as in Flash-Decoding: the keys of one query are split into parts, here
+    pages, and the partial sums are added. With m the largest score of the whole row, the sums
+    under weights exp(s - m) simply add up. So nothing is padded to the longest row. (The row of a
+    sequence that has no token at all comes to 0 / 0, NaN. Nobody reads it.)
     """
     rows, G, D = q.shape
     q = (q / math.sqrt(D)).index_select(0, owner)                           # (n, G, D)
@@ -927,13 +964,16 @@ def soft_block(q, k, v, log_g, window, t0):
 
 
 class SoftAttention:
-    """The student: full attention, where a key outside the window has its gate as a bias.
+    """The student of distillation; its teacher is the same model with full attention.
+
+    A key outside the window has its gate as a bias:
 
         score(i, j) = q_i . k_j / sqrt(D) + ( 0 if i - j < W else log g_j )    (g >= MIN_GATE)
 
     The bias is log g because exp(s + log g) = g exp(s): a gate of 1 leaves the key as it is, a
-    gate of 0 removes it, and in between there is a slope to learn from. With hard=True the bias
-    is 0 or -inf, as at inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
+    gate of 0 removes it, and in between there is a slope to learn from. (Below MIN_GATE there is
+    none: a gate that low has closed for good.) With hard=True the bias is 0 or -inf, as at
+    inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
 
     Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; keeping
     the rerun's gates would keep its whole graph alive.
@@ -967,15 +1007,18 @@ class SoftAttention:
 
 
 def sparsity_loss(g, window):
-    """The expected share of a dense cache that gates g (..., T) ask for: the loss's second term.
+    """A measure of the cache that gates g (..., T) ask for, as a share of a dense one.
 
-    Token s lies in the window for o_s = min(1, W / (T - s)) of the rest of the sequence, whatever
-    its gate says, and for what is left of it if it is admitted: o + (1 - o)(1 - (1 - g)^2). The
-    slope of 1 - (1 - g)^2 is 2 (1 - g): steep at 0 and flat at 1, so gates do not rest in
-    between. """
+    The training loss is the MSE of the student's and the teacher's last hidden states, plus
+    lambda times this. Token s of T lies in the window for o_s = min(1, W / (T - s)) of the rest
+    of the text, whatever its gate says. The remaining 1 - o_s is charged at 1 - (1 - g)^2 instead
+    of g. That curve is concave: a half-open gate pays 0.75, more than the 0.5 that an open and a
+    closed one pay on average. So gates move to 0 or 1, and cutting them off at tau changes
+    little.
+    """
     T = g.shape[-1]
-    o = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)
-    return (o + (1 - o) * (1 - (1 - g) ** 2)).mean()
+    in_window = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)       # o_s, (T)
+    return (in_window + (1 - in_window) * (1 - (1 - g) ** 2)).mean()
 
 
 # ------------------------------------------------------------------------------------- gate files
