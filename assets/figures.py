@@ -1,0 +1,712 @@
+"""The README's five drawings of the mechanism: `python assets/figures.py` writes assets/*.svg.
+
+    token.svg       a token's life: the ring, the gate, and then a page or nothing
+    pages.svg       two rows of very different lengths in one page pool
+    prefill.svg     what one block of queries reads in prefill
+    decode.svg      how decode's work is split among programs, and combined again
+    training.svg    the curve of the sparsity loss, and the tiles of the training kernels
+
+Standard library only. Each function first works out a small example by the rules of wgkv.py and
+kernels.py, and then draws it, so the numbers in a drawing are computed. Coordinates are px of a
+page that is 760 wide; y grows downwards. A colour means the same in all drawings: see COLOURS.
+"""
+import math
+import random
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+WIDTH = 760
+
+# Each is (fill, line, text), first on a light page and then on a dark one. Blue, orange and bluish
+# green stay apart for colour-blind readers, and whatever has a colour has a label too.
+COLOURS = {
+    # in the ring, in the window
+    "window": (("#b9d9f8", "#1f78c8", "#0f5ea8"), ("#1b4471", "#79bdff", "#79bdff")),
+    # its gate reached tau; promoted
+    "admitted": (("#ffd79b", "#c86a00", "#8f4700"), ("#6a400f", "#f7ab4e", "#f7ab4e")),
+    # not admitted; a slot or page that nobody uses
+    "gone": (("#e9ecef", "#7d8590", "#505963"), ("#262c35", "#7d8590", "#a9b3bd")),
+    # queries and their outputs
+    "query": (("#bdebd3", "#0f8f58", "#096b41"), ("#12573a", "#4ad392", "#4ad392")),
+}
+INK = ("#1f2328", "#e6edf3")            # text, light and dark
+SOFT = ("#505963", "#a9b3bd")           # secondary text, axes, plain lines
+
+
+# ------------------------------------------------------------------------------ drawing helpers
+
+def theme_rules(theme):
+    """CSS of one theme, 0 light and 1 dark. A class named as a colour sets both fill and line."""
+    rules = [f"text{{fill:{INK[theme]}}}",
+             f"text.soft{{fill:{SOFT[theme]}}}",
+             f".plain{{fill:none;stroke:{SOFT[theme]}}}",
+             f".solid.plain{{fill:{SOFT[theme]};stroke:none}}",
+             f".strong{{fill:none;stroke:{INK[theme]}}}"]
+    for name, themes in COLOURS.items():
+        fill, line, text = themes[theme]
+        rules.append(f".{name}{{fill:{fill};stroke:{line}}}")
+        rules.append(f".solid.{name}{{fill:{line};stroke:none}}")
+        rules.append(f"text.{name}{{fill:{text};stroke:none}}")
+    return "".join(rules)
+
+
+STYLE = (
+    'text{font:13px -apple-system,BlinkMacSystemFont,"Segoe UI","Noto Sans",Helvetica,Arial,'
+    "sans-serif}"
+    ".small{font-size:12px}.bold{font-weight:600}.middle{text-anchor:middle}.end{text-anchor:end}"
+    + theme_rules(0)
+    + f"@media (prefers-color-scheme:dark){{{theme_rules(1)}}}"
+    # These come after the colours, and so take fill or line away from them.
+    + ".line{fill:none;stroke-width:1.5}.dashed{fill:none;stroke-dasharray:4 3}.area{stroke:none}"
+      ".thick{stroke-width:2.5}.thin{stroke-width:.6}.edge{stroke-width:1.5}"
+)
+
+
+def number(x):
+    """A coordinate with at most one decimal: 12.0 -> 12, 12.345 -> 12.3."""
+    return f"{x:.1f}".removesuffix(".0")
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+class Figure:
+    """One SVG: a list of its elements. `style` is always a string of CSS classes."""
+
+    def __init__(self, name, height, title, description):
+        self.name = name
+        self.parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'width="{WIDTH}" height="{height}" role="img" aria-labelledby="title desc">',
+            f'<title id="title">{escape(title)}</title>',
+            f'<desc id="desc">{escape(description)}</desc>',
+            f"<style>{STYLE}</style>",
+        ]
+
+    def rect(self, x, y, width, height, style, radius=3):
+        x, y, width, height = (number(value) for value in (x, y, width, height))
+        self.parts.append(f'<rect class="{style}" x="{x}" y="{y}" width="{width}" '
+                          f'height="{height}" rx="{radius}"/>')
+
+    def text(self, x, y, text, style=""):
+        """Text with its baseline at y. It starts at x, or has x as its "middle" or "end"."""
+        style = f' class="{style}"' if style else ""
+        self.parts.append(f'<text{style} x="{number(x)}" y="{number(y)}">{escape(text)}</text>')
+
+    def box(self, x, y, width, height, text, style, text_style=""):
+        """A rectangle with a text in its middle."""
+        self.rect(x, y, width, height, style)
+        self.text(x + width / 2, y + height / 2 + 4.5, text, f"middle {text_style}".strip())
+
+    def path(self, d, style):
+        self.parts.append(f'<path class="{style}" d="{d}"/>')
+
+    def line(self, points, style):
+        """A line through points (x, y)."""
+        self.path("M" + "L".join(f"{number(x)} {number(y)}" for x, y in points), style)
+
+    def polygon(self, points, style):
+        self.path("M" + "L".join(f"{number(x)} {number(y)}" for x, y in points) + "Z", style)
+
+    def arrow(self, points, colour):
+        """A line through points with a head at its end."""
+        (x0, y0), (x1, y1) = points[-2:]
+        length = math.hypot(x1 - x0, y1 - y0)
+        ux, uy = (x1 - x0) / length, (y1 - y0) / length         # the direction of the last piece
+        back_x, back_y = x1 - 9 * ux, y1 - 9 * uy
+        self.line([*points[:-1], (back_x, back_y)], f"{colour} line")
+        self.polygon([(back_x - 4.5 * uy, back_y + 4.5 * ux), (x1, y1),
+                      (back_x + 4.5 * uy, back_y - 4.5 * ux)], f"solid {colour}")
+
+    def bracket(self, x0, x1, y, style, ends=6):
+        """A horizontal bracket at y. Its ends point down, or up where `ends` is negative."""
+        self.line([(x0, y + ends), (x0, y), (x1, y), (x1, y + ends)], f"{style} line")
+
+    def write(self):
+        text = "\n".join([*self.parts, "</svg>", ""])
+        path = FOLDER / f"{self.name}.svg"
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"{path.name}: {len(text.encode()):,} bytes")
+
+
+# ------------------------------------------------------------------------------- 1. a token's life
+
+def token():
+    """One row after 14 tokens, and what happens when the next one arrives."""
+    window, page_size, tau = 8, 4, 0.1
+    gates = [0.98, 0.02, 0.05, 0.64, 0.01, 0.03, 0.31, 0.04, 0.02, 0.87, 0.06, 0.03, 0.02, 0.05]
+
+    # Token t takes slot t mod W. The token that was there leaves, and only now its gate counts.
+    ring, promoted, gone = {}, [], []
+    for t in range(len(gates)):
+        slot = t % window
+        if slot in ring:
+            leaving = ring[slot]
+            if gates[leaving] >= tau:
+                promoted.append(leaving)
+            else:
+                gone.append(leaving)
+        ring[slot] = t
+    new = len(gates)
+    slot = new % window
+    leaving = ring[slot]
+    assert gates[leaving] >= tau, "the drawing shows a token that is promoted"
+
+    fig = Figure("token", 392, "A token's life",
+                 f"Token {new} takes slot {new} mod {window} = {slot} of a ring of {window} slots. "
+                 f"Token {leaving}, which was there, leaves the window. Its gate is at least tau = "
+                 f"{tau}, so it is copied to the row's page, behind tokens {promoted}. Tokens "
+                 f"{gone} had smaller gates and are gone. A query sees the ring and the pages.")
+    draw_ring(fig, 180, 220, ring, gates, tau, slot)
+    fig.text(24, 30, "g: the gate of a token", "small soft")
+    fig.text(24, 47, "g ≥ tau: admitted", "small bold admitted")
+
+    # The new token comes in from above; the one whose slot it takes leaves to the right.
+    fig.box(192, 20, 112, 32, f"new token {new}", "window", "bold")
+    fig.arrow([(248, 52), (248, 115)], "window")
+    fig.text(259, 88, f"takes slot {new} mod {window} = {slot}")
+    fig.arrow([(290, 160), (362, 160)], "plain")
+    fig.text(330, 178, f"{leaving} leaves", "small soft middle")
+    fig.polygon([(364, 160), (428, 124), (492, 160), (428, 196)], "plain")
+    fig.text(428, 159, "gate ≥ tau?", "middle")
+    fig.text(428, 175, f"tau = {tau}", "small soft middle")
+
+    # No: gone. Yes: behind the promoted tokens of its row.
+    fig.arrow([(492, 160), (552, 160)], "plain")
+    fig.text(520, 152, "no", "middle bold")
+    fig.text(558, 131, "gone", "bold")
+    fig.text(602, 131, "slot overwritten", "soft")
+    for place, t in enumerate(gone):
+        fig.box(558 + 43 * place, 142, 38, 36, str(t), "gone dashed", "soft")
+    fig.arrow([(428, 196), (428, 262), (552, 262)], "admitted")
+    fig.text(440, 232, "yes", "bold")
+    fig.text(558, 233, "page", "bold")
+    fig.text(602, 233, f"P = {page_size} tokens here", "soft")
+    for place in range(page_size):
+        x = 558 + 43 * place
+        if place < len(promoted):
+            fig.box(x, 244, 38, 36, str(promoted[place]), "admitted", "bold")
+        elif place == len(promoted):
+            fig.box(x, 244, 38, 36, str(leaving), "admitted dashed", "admitted bold")
+        else:
+            fig.rect(x, 244, 38, 36, "gone dashed")
+
+    # The query sees both.
+    fig.box(396, 328, 64, 32, "query", "query", "bold")
+    fig.text(428, 380, "sees the ring and the page", "small soft middle")
+    fig.arrow([(396, 344), (346, 344), (298, 272)], "query")
+    end = 558 + 43 * (len(promoted) + 1) - 5
+    fig.bracket(558, end, 292, "query", ends=-6)
+    fig.arrow([(460, 344), ((558 + end) / 2, 344), ((558 + end) / 2, 294)], "query")
+    fig.write()
+
+
+def draw_ring(fig, cx, cy, ring, gates, tau, upper_right):
+    """The ring as a circle of slots, with the slot `upper_right` at 45 degrees."""
+    inner, outer = 62, 122
+    step = 2 * math.pi / len(ring)
+
+    def point(radius, angle):               # the angle is 0 at the top and grows clockwise
+        return cx + radius * math.sin(angle), cy - radius * math.cos(angle)
+
+    for slot, t in sorted(ring.items()):
+        middle = math.radians(45) + (slot - upper_right) * step
+        corners = [point(outer, middle - step / 2), point(outer, middle + step / 2),
+                   point(inner, middle + step / 2), point(inner, middle - step / 2)]
+        a, b, c, d = (f"{number(x)} {number(y)}" for x, y in corners)
+        fig.path(f"M{a}A{outer} {outer} 0 0 1 {b}L{c}A{inner} {inner} 0 0 0 {d}Z", "window")
+        x, y = point((inner + outer) / 2 + 1, middle)
+        fig.text(x, y - 2, str(t), "middle bold")
+        gate_style = "admitted bold" if gates[t] >= tau else "soft"
+        fig.text(x, y + 13, f"g {gates[t]}", f"middle small {gate_style}")
+        x, y = point(outer + 22, middle)
+        fig.text(x, y + 4, f"slot {slot}", "middle small soft")
+    fig.text(cx, cy - 11, "ring", "middle bold")
+    fig.text(cx, cy + 7, f"W = {len(ring)} slots", "middle")
+    fig.text(cx, cy + 25, f"tokens {min(ring.values())} … {max(ring.values())}",
+             "middle small soft")
+
+
+# ------------------------------------------------------------------------ 2. two rows in one pool
+
+def hand_out_pages(R, promoted_pages, freed, spare):
+    """The page tables of two rows, the free stack and the pool's size, as PagePool makes them.
+
+    Row one had an earlier text. While it ran, both rows promoted in turn; when it ended, its
+    `freed` pages of promoted tokens went back on top of the stack. That leaves holes in the pool.
+    """
+    pool_size = 1 + 2 * R + promoted_pages + freed + spare      # page 0 is the dummy
+    free = list(range(pool_size - 1, 0, -1))                    # the top is the end: page 1
+    row_one = [free.pop() for _ in range(R)]
+    row_two = [free.pop() for _ in range(R)]
+    earlier_text = []
+    for _ in range(freed):
+        row_two.append(free.pop())
+        earlier_text.append(free.pop())
+    while len(row_two) < R + promoted_pages:
+        row_two.append(free.pop())
+    free += earlier_text
+    return (row_one, row_two), free, pool_size
+
+
+def pages():
+    """A row of 120 tokens and a row of 40,000: page tables, pool and free stack."""
+    W, P = 128, 64
+    R = ceil_div(W, P)
+    tokens = (120, 40_000)
+    share = 0.45                                        # of row two's tokens are admitted
+    counts = (0, round(share * (tokens[1] - W)))        # row one's tokens are all in its window
+    promoted_pages = ceil_div(counts[1], P)
+    partial = counts[1] - (promoted_pages - 1) * P      # tokens in the last page
+    freed = 3
+    tables, free, pool_size = hand_out_pages(R, promoted_pages, freed, spare=3)
+
+    # Which pages hold something: (colour, slots in use).
+    held = {}
+    for table, num_tokens, count in zip(tables, tokens, counts):
+        for column, page in enumerate(table):
+            if column < R:
+                held[page] = ("window", min(P, min(num_tokens, W) - column * P))
+            else:
+                held[page] = ("admitted", min(P, count - (column - R) * P))
+
+    fig = Figure("pages", 440, "Two rows in one page pool",
+                 f"Row one has {tokens[0]} tokens, all in its ring of {R} pages. Row two has "
+                 f"{tokens[1]:,} tokens: {R} ring pages and {promoted_pages} pages of promoted "
+                 f"tokens, the last with {partial} of {P} slots in use. Each row's page table "
+                 "lists its pages in the common pool. Unused entries are 0, the dummy page. Free "
+                 "pages are on a stack.")
+
+    # The pool. One px of a page's height is one slot.
+    top = 176
+    last = tables[1][-1]
+    centre = {}
+    for place, page in enumerate([*range(12), *range(last, pool_size)]):
+        x = 24 + 42 * place + (44 if page >= last else 0)
+        centre[page] = x + 19
+        if page in held:
+            colour, slots = held[page]
+            fig.rect(x, top, 38, slots, f"{colour} area", 1)
+            fig.rect(x, top, 38, P, f"{colour} line")
+            fig.text(x + 19, top + 37, str(page), "middle bold")
+        else:
+            fig.rect(x, top, 38, P, "gone" if page == 0 else "gone dashed")
+            fig.text(x + 19, top + 37, str(page), "middle soft")
+            fig.text(x + 19, top - 8, "dummy" if page == 0 else "free", "middle small soft")
+    fig.text(550, top + 37, "…", "middle bold")
+    fig.text(centre[last] + 19, top - 8, f"{partial} of {P}", "end small admitted")
+    fig.text(736, 138, f"one pool; a page has P = {P} slots", "end bold")
+
+    for table, y, pool_edge in ((tables[0], 52, top), (tables[1], 318, top + P)):
+        page_table(fig, table, R, len(tables[1]), y, pool_edge, centre)
+    fig.text(274, 98, "unused: 0, the dummy page", "middle small soft")
+    fig.text(474, 52, f"row one: {tokens[0]} tokens", "bold")
+    fig.text(474, 70, f"all in its window of W = {W},", "soft")
+    fig.text(474, 87, "nothing promoted yet", "soft")
+    fig.text(474, 322, f"row two: {tokens[1]:,} tokens", "bold")
+    fig.text(474, 340, f"{counts[1]:,} promoted: {promoted_pages - 1} whole pages,", "soft")
+    fig.text(474, 357, f"and {partial} tokens in a partial page", "soft")
+
+    # The free stack, all of it.
+    fig.text(24, 413, "free stack", "bold")
+    for place, page in enumerate(free):
+        fig.box(108 + 42 * place, 394, 38, 28, str(page), "gone dashed", "soft")
+    end = 108 + 42 * len(free)
+    fig.arrow([(end + 42, 408), (end + 2, 408)], "plain")
+    fig.text(end + 50, 404, "top: the next page that a row gets", "soft")
+    ids = ", ".join(str(page) for page in free[-freed:])
+    fig.text(end + 50, 421, f"({ids} came back from an older text)", "small soft")
+    fig.write()
+
+
+def page_table(fig, table, R, columns, y, pool_edge, centre):
+    """One row's page table at y, with an arrow from each entry to the edge of its page."""
+    above = y < pool_edge
+    fig.text(24, y + 12, "page", "small soft")
+    fig.text(24, y + 26, "table", "small soft")
+    shown = [*range(R + 4), columns - 1, columns]
+    for place, column in enumerate(shown):
+        x = 66 + 42 * place + (44 if column > R + 3 else 0)
+        fig.text(x + 19, y - 9 if above else y + 44, str(column), "middle small soft")
+        if column >= len(table):
+            fig.box(x, y, 38, 28, "0", "gone", "soft")
+            continue
+        colour = "window" if column < R else "admitted"
+        page = table[column]
+        fig.box(x, y, 38, 28, str(page), colour)
+        if above:
+            fig.arrow([(x + 19, y + 28), (centre[page], pool_edge - 2)], colour)
+        else:
+            fig.arrow([(x + 19, y), (centre[page], pool_edge + 3)], colour)
+    fig.text(340, y + 19, "…", "middle bold")
+    if above:                               # what the columns are, said once
+        middle = 66 + 42 * R - 2            # between the ring's entries and the others
+        fig.bracket(66, middle - 2, 25, "window")
+        fig.text((64 + middle) / 2, 17, f"ring, R = {R}", "middle window")
+        fig.bracket(middle + 2, 440, 25, "admitted")
+        fig.text((middle + 442) / 2, 17, "promoted tokens, oldest first", "middle admitted")
+
+
+# ------------------------------------------------------------------------------------- 3. prefill
+
+def admitted_runs(T, share, seed):
+    """Runs of admitted keys, half-open (first, end). The first tokens are admitted."""
+    rng = random.Random(seed)
+    runs = []
+    position = 0
+    while position < T:
+        length = rng.randint(16, 64)
+        runs.append((position, min(position + length, T)))
+        position += length + round(length * (1 / share - 1) * rng.uniform(0.5, 1.5))
+    return runs
+
+
+def prefill():
+    """One block of queries: in the T x T triangle, and as memory sees it."""
+    T, W, P = 6000, 256, 64
+    t0 = 5000 // P * P                                  # the block of P queries around 5,000
+    t1 = t0 + P
+    runs = admitted_runs(T, share=0.2, seed=75)
+
+    # As in kernels.prefill_kernel: first the pages, with what is older than the first query's
+    # window, and then the band, from where that window begins to the last query itself.
+    band_start = t0 - W + 1
+    num_old = sum(max(0, min(end, band_start) - first) for first, end in runs)
+    num_pages = ceil_div(num_old, P)
+    band_keys = t1 - band_start
+    band_tiles = ceil_div(band_keys, P)
+    dense_tiles = ceil_div(t1, P)
+
+    fig = Figure("prefill", 476, "What a block of queries reads in prefill",
+                 "Above, the causal triangle: vertical stripes are admitted keys, the slash is the "
+                 f"window, and the queries {t0:,} to {t1 - 1:,} are highlighted. Below, the keys "
+                 f"that they read: {num_old} admitted ones in {num_pages} pages, then a band of "
+                 f"{band_keys} keys in {band_tiles} tiles with the exact mask. Dense attention "
+                 f"would read {dense_tiles} tiles.")
+    share = round(100 * num_old / band_start)
+    triangle(fig, T, W, runs, t0, t1, f"stripes: admitted keys, {share}%")
+    tile_counts(fig, P, dense_tiles, num_pages, band_tiles)
+
+    # The block's keys in memory: half a px a key, three quarters of one a query.
+    left, top, height = 46, 392, 0.75 * P
+    right = left + 34 * num_pages - 2
+    below = top + height + 20
+    fig.text(left, top - 22, f"pages: {num_old} admitted keys, older than the window", "admitted")
+    fig.bracket(left, right, top - 13, "admitted")
+    for page in range(num_pages):
+        x = left + 34 * page
+        held = min(P, num_old - page * P)
+        fig.rect(x, top, held / 2, height, "admitted area", 0)
+        fig.rect(x, top, P / 2, height, "admitted line", 0)
+        fig.text(x + P / 4, top + height / 2 + 4.5, str(page), "middle")
+    fig.text(left, below, "no mask: every query of the block sees them", "soft")
+    fig.text(right, below, f"the last: {num_old - (num_pages - 1) * P} of {P}", "end soft")
+
+    x = right + 26
+    fig.text(x, top - 22, f"band: {band_keys} keys", "window")
+    fig.bracket(x, x + band_keys / 2, top - 13, "window")
+    band(fig, x, top, W, P, band_tiles, band_start, runs)
+    fig.text(x, below, "exact mask, key by key", "soft")
+
+    # From the block in the triangle to the block in memory.
+    y = 24 + 0.05 * (t0 + t1) / 2
+    middle = top + height / 2
+    fig.line([(88, y), (20, y), (20, middle), (left - 12, middle)], "query line")
+    fig.line([(left - 5, top), (left - 12, top), (left - 12, top + height),
+              (left - 5, top + height)], "query line")
+    fig.write()
+
+
+def triangle(fig, T, W, runs, t0, t1, stripes):
+    """Which keys (across) each query (down) sees, 20 tokens a px; and what is what."""
+    def at(key, query):
+        return 92 + 0.05 * key, 24 + 0.05 * query
+
+    fig.polygon([at(0, 0), at(T, T), at(0, T)], "gone area")
+    for first, end in runs:
+        fig.polygon([at(first, first), at(end, end), at(end, T), at(first, T)], "solid admitted")
+    fig.polygon([at(0, 0), at(T, T), at(T - W, T), at(0, W)], "solid window")
+    x, y = at(0, t0)
+    fig.rect(x - 3, y - 3, 0.05 * t1 + 6, 0.05 * (t1 - t0) + 6, "query line thick")
+    fig.text(92, 16, "keys →", "small soft")
+    fig.text(84, 34, "queries ↓", "small soft end")
+    fig.text(84, 24 + 0.05 * T, f"T = {T:,}", "small soft end")
+
+    # Labels along the slash, two of them with a line to what lies left of it.
+    def label(query, text, style, key=None):
+        x, y = at(query, query)
+        fig.text(x + 14, y + 4, text, style)
+        if key is not None:
+            end, _ = at(key, query)
+            fig.line([(x + 10, y), (end, y)], "plain")
+            fig.rect(end - 2.5, y - 2.5, 5, 5, "solid plain", 2.5)
+
+    def last_stripe(query):                 # the last one before the query's window
+        return [run for run in runs if run[1] <= query - W][-1]
+
+    label(1000, f"slash: the window, W = {W}", "window")
+    first, end = last_stripe(2350)
+    label(2350, stripes, "admitted", (first + end) / 2)
+    _, end = last_stripe(3900)              # and between it and the window
+    label(3900, "the rest: not admitted, not read", "soft", (end + 3900 - W) / 2)
+    label((t0 + t1) / 2, f"a block of queries, {t0:,} … {t1 - 1:,}", "query bold")
+
+
+def tile_counts(fig, P, dense_tiles, num_pages, band_tiles):
+    """What is read with everything kept, and here: one bar a tile."""
+    x, y = 420, 44
+    fig.text(x, y, f"tiles of {P} keys that the block reads", "bold")
+    fig.text(x, y + 26, f"dense: {dense_tiles}")
+    for tile in range(dense_tiles):
+        fig.rect(x + 4 * tile, y + 34, 3, 14, "solid plain", 0)
+    total = num_pages + band_tiles
+    fig.text(x, y + 74, f"write-gated: {num_pages} pages + {band_tiles} of the band = {total}")
+    for tile in range(total):
+        colour = "admitted" if tile < num_pages else "window"
+        fig.rect(x + 4 * tile, y + 82, 3, 14, f"solid {colour}", 0)
+
+
+def band(fig, x0, y0, W, P, tiles, band_start, runs):
+    """The band's mask. The window of the block's query r is at the band's keys r .. r + W - 1."""
+    def at(key, query):
+        return x0 + key / 2, y0 + 0.75 * query
+
+    fig.polygon([at(0, 0), at(W, 0), at(W + P, P), at(P, P)], "window area")
+    for first, end in runs:                 # admitted keys that later queries have left behind
+        first = max(first - band_start, 0)
+        end = min(end - band_start, P)
+        if first < end:
+            fig.polygon([at(first, first), at(end, end), at(end, P), at(first, P)],
+                        "solid admitted")
+    for tile in range(tiles):
+        fig.rect(x0 + P / 2 * tile, y0, P / 2, 0.75 * P, "window line", 0)
+
+
+# -------------------------------------------------------------------------------------- 4. decode
+
+def decode():
+    """Three rows of tiles over four programs: the example of kernels.py, divided by its rules."""
+    rows = (5, 1, 6)                                    # tiles of each
+    programs = 4
+    total = sum(rows)
+    starts = [sum(rows[:row]) for row in range(len(rows))]
+
+    # Program p takes the tiles from total * p // programs up to the next program's first. Where a
+    # row ends inside its share, the share has two parts: (program, row, first tile, end).
+    parts = []
+    for program in range(programs):
+        tile = total * program // programs
+        end = total * (program + 1) // programs
+        while tile < end:
+            row = max(row for row in range(len(rows)) if starts[row] <= tile)
+            stop = min(end, starts[row] + rows[row])
+            parts.append((program, row, tile, stop))
+            tile = stop
+
+    longest = max(rows)
+    share = ceil_div(total, programs)
+    fig = Figure("decode", 376, "How decode's work is split and combined",
+                 f"The {total} tiles of {len(rows)} rows form one list, and {programs} programs "
+                 f"take {share} each. A row in two programs' shares has two partial results, and "
+                 "the program that arrives last combines them. On the right, time: with one "
+                 f"program per row the longest takes {longest} tiles, with even shares {share}.")
+
+    def colour(tile):                                   # first the ring, here one page, W <= P
+        return "window" if tile in starts else "admitted"
+
+    # The list of tiles, with a gap between two programs' shares.
+    x_of = {}
+    for program, row, first, stop in parts:
+        for tile in range(first, stop):
+            x_of[tile] = 24 + 32 * tile + 10 * program
+            fig.box(x_of[tile], 40, 30, 30, str(tile), colour(tile))
+    for row, tiles in enumerate(rows):
+        left = x_of[starts[row]]
+        right = x_of[starts[row] + tiles - 1] + 30
+        fig.bracket(left + 1, right - 1, 29, "plain")
+        fig.text((left + right) / 2, 22, f"row {row}", "middle bold")
+    for program in range(programs):
+        left = x_of[total * program // programs]
+        right = x_of[total * (program + 1) // programs - 1] + 30
+        fig.bracket(left, right, 82, "plain", ends=-6)
+        fig.text((left + right) / 2, 100, f"program {program}", "middle")
+    combining(fig, parts, x_of)
+
+    # The same tiles in time, where each takes equally long.
+    by_row = [range(start, start + tiles) for start, tiles in zip(starts, rows)]
+    by_share = [range(total * p // programs, total * (p + 1) // programs) for p in range(programs)]
+    timeline(fig, 22, "one program per row", by_row, colour)
+    timeline(fig, 176, "even shares", by_share, colour)
+
+    fig.text(24, 364, "a tile is one page:", "small soft")
+    fig.rect(142, 353, 13, 13, "window")
+    fig.text(161, 364, "the ring", "small soft")
+    fig.rect(222, 353, 13, 13, "admitted")
+    fig.text(241, 364, "promoted tokens", "small soft")
+    fig.text(490, 364, "m, l, o: maximum, sum, weighted values", "small soft")
+    fig.write()
+
+
+def combining(fig, parts, x_of):
+    """From each program's part of a row to the row's output."""
+    for row in sorted({row for _, row, _, _ in parts}):
+        mine = [part for part in parts if part[1] == row]
+        centres = [(x_of[first] + x_of[stop - 1] + 30) / 2 for _, _, first, stop in mine]
+        middle = sum(centres) / len(centres)
+        fig.rect(middle - 32, 292, 64, 40, "query")
+        fig.text(middle, 309, f"row {row}", "middle bold")
+        fig.text(middle, 325, "output", "middle")
+        if len(mine) == 1:                              # nothing to combine
+            fig.arrow([(middle, 107), (middle, 291)], "query")
+            continue
+        for centre in centres:
+            fig.arrow([(centre, 107), (centre, 129)], "plain")
+            fig.rect(centre - 32, 130, 64, 40, "plain")
+            fig.text(centre, 147, "partial", "middle small soft")
+            fig.text(centre, 163, "m, l, o", "middle")
+            fig.arrow([(centre, 170), ((middle + centre) / 2, 199)], "plain")
+
+        # All programs start together, and arrive at a row after their tiles up to its end.
+        arrival = {}
+        for program, _, _, stop in mine:
+            arrival[program] = stop - min(first for p, _, first, _ in parts if p == program)
+        last = [str(p) for p in arrival if arrival[p] == max(arrival.values())]
+        fig.rect(middle - 58, 200, 116, 58, "plain")
+        fig.text(middle, 217, "combine", "middle bold")
+        fig.text(middle, 234, f"by program {' or '.join(last)},", "middle small soft")
+        fig.text(middle, 250, "the last to arrive", "middle small soft")
+        fig.arrow([(middle, 258), (middle, 291)], "query")
+
+
+def timeline(fig, y, title, lanes, colour):
+    """When each program is at work; lanes: the tiles of each."""
+    left = 560
+    fig.text(490, y, title, "bold")
+    for program, tiles in enumerate(lanes):
+        top = y + 14 + 26 * program
+        fig.text(490, top + 16, f"program {program}", "small soft")
+        for step, tile in enumerate(tiles):
+            fig.box(left + 28 * step, top, 26, 22, str(tile), colour(tile), "small")
+    longest = max(len(tiles) for tiles in lanes)
+    end = left + 28 * longest + 1
+    bottom = y + 16 + 26 * len(lanes)
+    fig.line([(end, y + 8), (end, bottom)], "strong")
+    fig.text(end, bottom + 16, f"{longest} tiles of time", "end bold")
+
+
+# ------------------------------------------------------------------------------------ 5. training
+
+def training():
+    """The curve of the sparsity loss; and FAR, NEAR and EDGE tiles."""
+    fig = Figure("training", 414, "The sparsity loss, and the tiles of the training kernels",
+                 "Left: the cost 1 - (1 - g)^2 of a gate g, with slope 2 at 0 and slope 0 at 1, "
+                 "and the straight line g. Right, queries down and keys across: a tile wholly "
+                 "outside the window is FAR, one wholly inside it is NEAR, and one that the "
+                 "diagonal or the window's edge runs through is EDGE.")
+    cost_curve(fig)
+    tile_map(fig)
+    fig.write()
+
+
+def cost_curve(fig):
+    """1 - (1 - g)^2 with its tangents at both ends, above the line g."""
+    x0, y0, side = 52, 62, 286
+
+    def at(g, cost):
+        return x0 + side * g, y0 + side * (1 - cost)
+
+    def curve(g):
+        return 1 - (1 - g) ** 2
+
+    def slope(g):
+        return 2 * (1 - g)
+
+    fig.text(24, 24, "what a gate g adds to the sparsity loss", "bold")
+    fig.line([at(0, 1.04), at(0, 0), at(1.04, 0)], "plain")
+    for value in (0, 1):
+        x, y = at(value, value)
+        fig.text(x, y0 + side + 18, str(value), "small soft middle")
+        fig.text(x0 - 8, y + 4, str(value), "small soft end")
+    fig.text(x0 + side / 2, y0 + side + 18, "g", "middle bold")
+
+    fig.line([at(0, 0), at(1, 1)], "gone dashed")
+    for g, other in ((0, 0.36), (1, 0.5)):
+        fig.line([at(g, curve(g)), at(other, curve(g) + slope(g) * (other - g))], "strong dashed")
+    fig.line([at(g / 40, curve(g / 40)) for g in range(41)], "admitted line thick")
+
+    x, y = at(0.47, 0.82)
+    fig.text(x, y, "1 − (1 − g)²", "end bold admitted")
+    x, y = at(0.6, 0.5)
+    fig.text(x + 4, y, "the line g:", "soft")
+    fig.text(x + 4, y + 17, "slope 1", "soft")
+    x, y = at(0.24, 0.17)
+    fig.text(x, y, f"slope {slope(0)} at g = 0:")
+    fig.text(x, y + 17, "a small gate is pushed to 0", "soft")
+    x, y = at(1, 1)
+    fig.text(x, y - 10, f"slope {slope(1)} at g = 1: an open gate stays open", "end")
+
+
+def key_tiles(t0, T, W, BM, BN):
+    """kernels.key_tiles: the bounds (far, near, diagonal, stop) of queries t0 .. t0 + BM - 1."""
+    far = max(t0 + 1 - W, 0) // BN * BN
+    diagonal = (t0 + 1) // BN * BN
+    near = ceil_div(max(t0 + BM - W, 0), BN) * BN
+    return far, min(near, diagonal), diagonal, min(t0 + BM, T)
+
+
+def tile_map(fig):
+    """The causal triangle of a small example in tiles, and the bounds of one block of queries."""
+    T, W, BM, BN = 96, 28, 8, 8
+    x0, y0, scale = 440, 62, 22 / BN                    # 22 px a tile
+
+    def at(key, query):
+        return x0 + scale * key, y0 + scale * query
+
+    # Under the tiles: the window, and what is older.
+    fig.polygon([at(0, 0), at(T, T), at(T - W, T), at(0, W)], "window area")
+    fig.polygon([at(0, W), at(T - W, T), at(0, T)], "admitted area")
+    for t0 in range(0, T, BM):
+        far, near, diagonal, stop = key_tiles(t0, T, W, BM, BN)
+        for j0 in range(0, stop, BN):
+            x, y = at(j0, t0)
+            kind, style = "E", "strong edge"
+            if j0 < far:
+                kind, style = "F", "plain thin"
+            elif near <= j0 < diagonal:
+                kind, style = "N", "plain thin"
+            fig.rect(x + 1, y + 1, 20, 20, style, 0)
+            fig.text(x + 11, y + 15.3, kind, "middle small")
+
+    fig.text(x0 - 8, 24, "tiles of the training kernels", "bold")
+    fig.text(x0, y0 - 10, "keys →", "small soft")
+    fig.text(x0 - 8, y0 + 12, "queries ↓", "small soft end")
+    fig.text(736, y0 + 12, f"T = {T}, W = {W}", "end soft")
+    fig.text(736, y0 + 29, f"tiles of {BM} × {BN}", "end soft")
+
+    # One block of queries.
+    t0 = 40
+    far, near, diagonal, stop = key_tiles(t0, T, W, BM, BN)
+    x, y = at(0, t0)
+    fig.rect(x - 2, y - 2, scale * stop + 4, 26, "query line thick")
+    x += scale * stop + 12
+    fig.text(x, y - 20, f"queries {t0} … {t0 + BM - 1}: keys", "query bold")
+    fig.text(x, y - 3, f"F [0, {far}), E [{far}, {near}),", "query")
+    fig.text(x, y + 14, f"N [{near}, {diagonal}), E [{diagonal}, {stop})", "query")
+
+    y = y0 + scale * T + 24
+    for place, (kind, meaning) in enumerate((
+            ("FAR", "outside the window: add log g, no mask"),
+            ("NEAR", "inside it: nothing to add, no mask"),
+            ("EDGE", "an edge runs through: the exact mask"))):
+        fig.text(x0 - 8, y + 18 * place, kind, "bold")
+        fig.text(x0 + 38, y + 18 * place, meaning, "soft")
+
+
+if __name__ == "__main__":
+    token()
+    pages()
+    prefill()
+    decode()
+    training()
