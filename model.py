@@ -373,7 +373,8 @@ NUMBERS = {
     "max_position_embeddings": (1, 2**30, True),
     "rms_norm_eps": (1e-12, 0.1),
     "rope_theta": (2, 1e15),
-    "factor": (1, 1e6),
+    "factor": (1, 1e6),                     # this and the next are of RoPE scaling
+    "attention_factor": (1e-3, 1e3),
 }
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
@@ -404,7 +405,7 @@ def read_config(folder):
     with reading(path):
         c = read_json(path)
         if c.get("model_type") == "mistral":
-            c.setdefault("sliding_window", 4096)        # what transformers takes for a missing key
+            c.setdefault("sliding_window", 4096)    # transformers' default; null would mean none
         c = without_nulls(c)
         refuse_unsupported(path, c)
         check_fields(path, c)
@@ -436,10 +437,7 @@ def read_config(folder):
             out_bias=bias,
             mlp_bias=c.get("mlp_bias", False),
             dtype=DTYPES.get(c.get("dtype", c.get("torch_dtype"))))
-        # A RoPE setting that is missing, no number or out of its domain fails here.
-        inv_freq, scale = rope_frequencies(config)
-        if not (inv_freq * scale).isfinite().all():
-            raise UserError(f"{path}: its RoPE settings give frequencies that are not finite")
+        rope_frequencies(config)        # a RoPE setting that is missing or no number fails here
         return config
 
 
@@ -449,7 +447,7 @@ def without_nulls(fields):
 
 
 def check_fields(where, fields):
-    """UserError for a number that is none or out of its range, and for a flag that is none."""
+    """UserError unless each number is one in its range, and each flag true or false."""
     for key, value in fields.items():
         if key in NUMBERS:
             check_number(where, key, value, *NUMBERS[key])
@@ -460,14 +458,14 @@ def check_fields(where, fields):
 def refuse_unsupported(path, c):
     """UserError for a model that needs what this file does not have."""
     kind = c.get("model_type")
-    # Qwen2.5 stores a sliding window and switches it off. Mistral has no switch, only null.
+    # Qwen2.5 stores a sliding window and switches it off. Mistral has no such switch.
     window_in_use = c.get("sliding_window") and (kind == "mistral" or c.get("use_sliding_window"))
     for key, unsupported, why in (
             ("model_type", kind not in SUPPORTED, f"supported are {', '.join(SUPPORTED)}"),
             ("quantization_config", c.get("quantization_config"), "such folders cannot be read"),
             ("hidden_act", c.get("hidden_act", "silu") != "silu", "only 'silu' is"),
-            ("sliding_window", window_in_use, "models that use one cannot be read; for Mistral a "
-             "missing key means 4096, and null means none"),
+            ("sliding_window", window_in_use, "only null or an unused one is; Mistral's is 4096 "
+             "where the key is missing"),
             ("layer_types", any(t != "full_attention" for t in c.get("layer_types", [])),
              "every layer should be 'full_attention', not sliding_window or linear")):
         if unsupported:
