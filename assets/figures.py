@@ -138,35 +138,35 @@ def token():
     window, page_size, tau = 8, 4, 0.1
     gates = [0.98, 0.02, 0.05, 0.64, 0.01, 0.03, 0.31, 0.04, 0.02, 0.87, 0.06, 0.03, 0.02, 0.05]
 
-    # Token t takes slot t mod W. The token that was there leaves, and only now its gate counts.
+    # Token t takes place t mod W. The token that was there leaves, and only now its gate counts.
     ring, promoted, gone = {}, [], []
     for t in range(len(gates)):
-        slot = t % window
-        if slot in ring:
-            leaving = ring[slot]
+        place = t % window
+        if place in ring:
+            leaving = ring[place]
             if gates[leaving] >= tau:
                 promoted.append(leaving)
             else:
                 gone.append(leaving)
-        ring[slot] = t
+        ring[place] = t
     new = len(gates)
-    slot = new % window
-    leaving = ring[slot]
+    place = new % window
+    leaving = ring[place]
     assert gates[leaving] >= tau, "the drawing shows a token that is promoted"
 
     fig = Figure("token", 392, "A token's life",
-                 f"Token {new} takes slot {new} mod {window} = {slot} of a ring of {window} slots. "
+                 f"Token {new} takes place {new} mod {window} = {place} of a ring of {window} places. "
                  f"Token {leaving}, which was there, leaves the window. Its gate is at least tau = "
                  f"{tau}, so it is copied to the row's page, behind tokens {promoted}. Tokens "
                  f"{gone} had smaller gates and are gone. A query sees the ring and the pages.")
-    draw_ring(fig, 180, 220, ring, gates, tau, slot)
+    draw_ring(fig, 180, 220, ring, gates, tau, place)
     fig.text(24, 30, "g: the gate of a token", "small soft")
     fig.text(24, 47, "g ≥ tau: admitted", "small bold admitted")
 
-    # The new token comes in from above; the one whose slot it takes leaves to the right.
+    # The new token comes in from above; the one whose place it takes leaves to the right.
     fig.box(192, 20, 112, 32, f"new token {new}", "window", "bold")
     fig.arrow([(248, 52), (248, 115)], "window")
-    fig.text(259, 88, f"takes slot {new} mod {window} = {slot}")
+    fig.text(259, 88, f"takes place {new} mod {window} = {place}")
     fig.arrow([(290, 160), (362, 160)], "plain")
     fig.text(330, 178, f"{leaving} leaves", "small soft middle")
     fig.polygon([(364, 160), (428, 124), (492, 160), (428, 196)], "plain")
@@ -177,7 +177,7 @@ def token():
     fig.arrow([(492, 160), (552, 160)], "plain")
     fig.text(520, 152, "no", "middle bold")
     fig.text(558, 131, "gone", "bold")
-    fig.text(602, 131, "slot overwritten", "soft")
+    fig.text(602, 131, "place overwritten", "soft")
     for place, t in enumerate(gone):
         fig.box(558 + 43 * place, 142, 38, 36, str(t), "gone dashed", "soft")
     fig.arrow([(428, 196), (428, 262), (552, 262)], "admitted")
@@ -204,15 +204,15 @@ def token():
 
 
 def draw_ring(fig, cx, cy, ring, gates, tau, upper_right):
-    """The ring as a circle of slots, with the slot `upper_right` at 45 degrees."""
+    """The ring as a circle of places, with the place `upper_right` at 45 degrees."""
     inner, outer = 62, 122
     step = 2 * math.pi / len(ring)
 
     def point(radius, angle):               # the angle is 0 at the top and grows clockwise
         return cx + radius * math.sin(angle), cy - radius * math.cos(angle)
 
-    for slot, t in sorted(ring.items()):
-        middle = math.radians(45) + (slot - upper_right) * step
+    for place, t in sorted(ring.items()):
+        middle = math.radians(45) + (place - upper_right) * step
         corners = [point(outer, middle - step / 2), point(outer, middle + step / 2),
                    point(inner, middle + step / 2), point(inner, middle - step / 2)]
         a, b, c, d = (f"{number(x)} {number(y)}" for x, y in corners)
@@ -222,9 +222,9 @@ def draw_ring(fig, cx, cy, ring, gates, tau, upper_right):
         gate_style = "admitted bold" if gates[t] >= tau else "soft"
         fig.text(x, y + 13, f"g {gates[t]}", f"middle small {gate_style}")
         x, y = point(outer + 22, middle)
-        fig.text(x, y + 4, f"slot {slot}", "middle small soft")
+        fig.text(x, y + 4, f"place {place}", "middle small soft")
     fig.text(cx, cy - 11, "ring", "middle bold")
-    fig.text(cx, cy + 7, f"W = {len(ring)} slots", "middle")
+    fig.text(cx, cy + 7, f"W = {len(ring)} places", "middle")
     fig.text(cx, cy + 25, f"tokens {min(ring.values())} … {max(ring.values())}",
              "middle small soft")
 
