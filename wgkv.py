@@ -360,7 +360,7 @@ class Cache:
         # (first, count, tokens): those sequences may add so many tokens each before the next
         # make_room.
         self.room = (0, batch, 0)
-        self.in_call = False
+        self.in_call = None         # the sequences (first, count) of a call that has not ended
 
     @property
     def base(self):
@@ -407,12 +407,12 @@ class Cache:
             room = max(T, P)
             self.make_room(room)
         self.set_room(room - T)
-        self.base.in_call = True
+        self.base.in_call = (self.first, self.B)
         return self.positions
 
     def end(self):
         self.num_tokens.add_(self.num_new)      # in place: a captured step finds it where it was
-        self.base.in_call = False
+        self.base.in_call = None
 
     def set_room(self, tokens):
         """Note that these sequences may add so many tokens; what others had reserved is void."""
@@ -441,8 +441,9 @@ class Cache:
         """Forget everything (a view: its sequences)."""
         self.num_tokens.zero_()
         self.set_room(0)
-        self.base.expected = 0
-        self.base.in_call = False
+        first, count = self.base.in_call or (self.first, 0)
+        if self.first <= first and first + count <= self.first + self.B:
+            self.base.in_call = None        # what a broken call left behind goes too
         self.forget()
 
     def dense_bytes(self):
