@@ -639,10 +639,10 @@ COLUMNS = dict(
 def run(name, model, args):
     """Run one bench, print its rows as they come, and yield them."""
     print(f"\n{name}. {BENCHES[name].__doc__}")
-    print("".join(f"{column:>17}" for column in COLUMNS[name].split()))
+    print("".join(f" {column:>16}" for column in COLUMNS[name].split()))
     free_memory(model.device)
     for row in BENCHES[name](model, args):
-        line = "".join(f"{shown(row.get(column)):>17}" for column in COLUMNS[name].split())
+        line = "".join(f" {shown(row.get(column)):>16}" for column in COLUMNS[name].split())
         loses = row.get("ratio") is not None and row["ratio"] > 1
         print(line + ("  gating loses" if loses else ""), flush=True)
         yield row
