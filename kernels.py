@@ -13,18 +13,25 @@ and why. Each operation has a twin, the same in plain PyTorch, named in its wrap
 that both are equal. Without a GPU they run, slowly, in Triton's interpreter: set
 TRITON_INTERPRET=1 before this file is imported (fp32 only: its bf16 products are wrong).
 
+A Triton primer. A kernel is one function that runs as many *programs* at once, the *grid*; a
+program is a block of GPU threads, and tl.program_id says which one it is. A tensor in it is a
+tile, of sizes known at compile time (tl.constexpr), and tl.load and tl.store take a mask for what
+lies outside. tl.debug_barrier() makes a program's threads wait for each other (__syncthreads), so
+that one may read what another wrote. A tensor descriptor is a base, shape and strides, from which
+newer GPUs copy tiles by a unit of their own (TMA). num_warps and num_stages tune a kernel; skip
+them at first.
+
 All attention here is a streaming softmax (arXiv 2112.05682, 2205.14135). For the scores s_j of one
-query, in base 2 because exp2 is what the hardware has, in whatever order the keys come,
+query (in base 2, since the hardware has exp2), in whatever order the keys come,
 
     m = max_j s_j       l = sum_j 2^(s_j - m)       o = sum_j 2^(s_j - m) v_j       output = o / l
 
 and two partial results (m, l, o) and (m', l', o') of disjoint keys combine by rescaling both to the
 larger of m and m'.
 
-Letters as in wgkv.py. BT, BM, BN, BH are sizes of a tile: so many tokens, queries, keys, hidden
-units a program. DP and GP are D and G padded to a power of two, as tl.arange wants, and to 16, as
-the tensor cores want. tl.debug_barrier() makes all threads of a program wait for each other
-(__syncthreads).
+Letters as in wgkv.py. BT, BM, BN, BH are how many tokens, queries, keys, hidden units one program
+takes at a time. DP and GP are D and G padded to a power of two, as tl.arange wants, and to 16, as
+the tensor cores want.
 """
 import math
 from typing import NamedTuple
@@ -36,8 +43,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Triton compiles anew for arguments that are 1 or multiples of 16. These vary from call to call, so
-# they are left unspecialised: one compilation serves all their values.
+# Triton makes a special version of a kernel if an integer argument is 1, and another if it is a
+# multiple of 16. These vary from call to call, so one version serves all their values.
 UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size"]
 
 # A masked score, and the maximum before any score has been seen. They differ so that a row which
@@ -120,10 +127,10 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
                 BN: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
-    One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units. A
-    single new token would leave the GPU idle while 8 programs, one a head, read all of W1; so the
-    hidden units are split over programs, and the last to arrive adds the parts, in their order, so
-    that the same call always gives the same gates.
+    One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
+    With a single new token there is one program a head, 8 in all, and each reads all of its W1
+    while the rest of the GPU is idle. So the hidden units are split over programs too. The last
+    to arrive adds the parts, in their order, so that the same call always gives the same gates.
 
     w1 (Hkv, HIDDEN, 2 D), b1, w2 (Hkv, HIDDEN), b2 (Hkv). All in fp32; only the factors of W1 x
     go in as tf32 (10 bits) when keys have half precision, which is no coarser than such a key.
@@ -205,7 +212,7 @@ def arrival_counters(device, n):
     All launches on a device share them, which is safe on one stream. They never move, because a
     captured graph remembers where they are.
     """
-    assert n <= 65536, f"{n} rows: make the arrival counters larger"
+    assert n <= 65536, f"{n} arrival counters wanted: make them larger"
     if device not in ARRIVALS:
         ARRIVALS[device] = torch.zeros(65536, device=device, dtype=torch.int32)
     return ARRIVALS[device]
@@ -215,7 +222,7 @@ def arrival_counters(device, n):
 
 @triton.jit
 def take_pages(free, num_free, table, have, need):
-    """Move free pages into a row's page table, entries have .. need - 1.
+    """Move free pages into a row's page table, its columns have .. need - 1.
 
     The atomic takes need - have off the stack's height and returns what it was before. So this
     row has a part of the stack for itself: with 9 free and 2 wanted it gets the entries 8 and 7,
@@ -390,9 +397,10 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
     """Softmax attention over a row's admitted keys outside the window, then over its band.
 
     Grid: axis 0 is sequence and query head, axis 1 the block of BM queries, the last block first.
-    The last queries see the most keys, so they start first and short blocks fill the gaps at the
-    end. Query heads of a group are neighbours on axis 0: they run at the same time over the same
-    pages, which then come from the L2 cache. scale is log2(e) / sqrt(D): scores in base 2.
+    The last queries see the most keys, so they start first and the short ones keep all processors
+    busy to the end. Query heads of a group are neighbors on axis 0: they run at the same time
+    over the same pages, which then come from the L2 cache. scale is log2(e) / sqrt(D): scores in
+    base 2.
 
     page_k, page_v, band_k, band_v are tensor descriptors of (token, channel), read P tokens at a
     time: where there is a copy engine (TMA), it computes the addresses. num_old (rows, T).
@@ -520,7 +528,7 @@ def stages(DP, dtype):
 # Split-KV, as in Flash-Decoding, over all rows at once. The pages of all rows of a layer, row after
 # row, form one list of tiles, and each of the launch's programs takes an even share of it, so
 # whatever the heads keep, no program has more work than another. A program whose share
-# ends inside a row leaves a partial result; whoever arrives last at a row combines its partials.
+# ends inside a row leaves a partial result; the last to finish at a row combines its partials.
 #
 # Three rows of 5, 1 and 6 tiles, four programs with 12 / 4 = 3 tiles each:
 #
@@ -530,8 +538,8 @@ def stages(DP, dtype):
 #
 # Row 0 has partials from programs 0 and 1, row 1 is written by program 1 alone, row 2 has
 # partials from 2 and 3. A partial's slot is program + row (0, 1 and 4, 5): from one partial to
-# the next either the program or the row goes up by one, so no two share a slot, and programs +
-# rows slots suffice.
+# the next neither goes down and one of them goes up, so no two share a slot, and programs + rows
+# slots suffice.
 
 class DecodePlan(NamedTuple):
     """How a step's attention is divided among programs, for all layers; see plan_decode."""
@@ -549,7 +557,10 @@ class DecodePlan(NamedTuple):
 def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
                 PROGRAMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
                 STEPS: tl.constexpr, P: tl.constexpr):
-    """One program: one layer. LANES >= PROGRAMS, ROWS >= rows, STEPS = log2 ROWS."""
+    """One program: one layer; its lane p works for decode's program p.
+
+    LANES >= PROGRAMS, ROWS >= rows, STEPS = log2 ROWS.
+    """
     layer = tl.program_id(0)
     counts += layer.to(tl.int64) * counts_l
     tile_starts += layer * (rows + 1)
@@ -562,7 +573,7 @@ def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
     tl.debug_barrier()                                      # all of tile_starts can be read now
 
     # Program p begins at tile total * p // programs. Each lane finds the row of one program's first
-    # tile, the last row that starts at it or before, by binary search.
+    # tile, the last row whose first tile is not after it, by binary search.
     lane = tl.arange(0, LANES)
     tile = total * lane // tl.minimum(PROGRAMS, total)
     row = tl.zeros([LANES], tl.int32)
@@ -612,8 +623,8 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     The grid has one axis: each program takes an even share of the layer's tiles (see above). The G
     queries that share a KV head are multiplied together, padded to GP = 16.
 
-    q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). Places of a row's
-    list beyond min(tokens, W) in its ring, and beyond its count after it, hold nothing: masked.
+    q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). In the ring the first
+    min(tokens, W) places hold tokens, after it the first `count`; the rest is masked.
     """
     pid = tl.program_id(0)
     total = tl.load(tile_starts + rows).to(tl.int64)
@@ -648,7 +659,8 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
             held = tl.where(i < R, in_ring, R * P + count)  # places below this hold a token
             visible = i * P + slot < held
             here = visible[:, None] & (d < D)[None, :]
-            at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)        # so that loads are wide
+            # multiple_of tells the compiler that it may load 16 bytes at a time.
+            at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)
             page = tl.load(table + i + 1, i + 1 < last, 0)  # a tile ahead: the next copy can start
             K = tl.load(page_k + at + offsets, here, 0.)
             V = tl.load(page_v + at + offsets, here, 0.)

@@ -2,7 +2,7 @@
 
 A dense KV cache keeps every token's key and value until the end. Here a small gate looks at each
 key when it is made and predicts whether distant queries will need it. Recent tokens stay in a
-sliding window whatever their gate says, since most tokens matter to their neighbours and to
+sliding window whatever their gate says, since most tokens matter to their neighbors and to
 nobody later. A token that leaves the window is promoted to paged memory if its gate reached tau;
 otherwise it is gone. Each layer and each KV head decides for itself.
 
@@ -20,8 +20,9 @@ token, a second turn on a used cache. (Training, at the end, softens it.)
                                              +------no----> gone (its place is overwritten)
 
 WHY. For Llama-3.1-8B a token's keys and values take 2 x 32 layers x 8 heads x 128 numbers x 2 bytes
-= 128 KiB. A decode step reads the whole cache to make one token, a few operations a byte, so it is
-bound by memory bandwidth: a cache of a fifth of the size is read in a fifth of the time.
+= 128 KiB. A decode step reads the whole cache to make one token, a few operations a byte where
+a GPU has time for hundreds, so it is bound by memory bandwidth: a cache of a fifth of the size is
+read in a fifth of the time.
 
 FOUR WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An admitted token is
 *promoted* when it leaves the window: copied to the pages of its row. The share a cache *keeps* is
@@ -35,7 +36,7 @@ in a row's list, a *slot* an index in the pool.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
-To be read in this order: the definition; the method in forty lines; gates; the paged cache;
+To be read in this order: the definition; the method in thirty lines; gates; the paged cache;
 attention in plain PyTorch; training. kernels.py has the same operations in Triton.
 """
 import contextlib
@@ -84,7 +85,7 @@ def dense_attention(q, k, v, mask):
     return (weights @ v[:, :, None]).view(B, Hq, T, D)
 
 
-# ---------------------------------------------------------------------- the method in forty lines
+# --------------------------------------------------------------------- the method in thirty lines
 
 class SimpleCache:
     """One head of one sequence, in Python lists. All that follows is this, fast and for many rows.
@@ -102,8 +103,8 @@ class SimpleCache:
         """Add one token, and return the attention output (D) of its query q (D)."""
         if len(self.ring) == self.window:
             leaving = self.ring.pop(0)
-            # Why only now? Inside the window a token is visible whatever its gate says. Copied any
-            # earlier it would be seen twice, and this way a refused token never touches a page.
+            # Why only now? Inside the window a token is visible whatever its gate says; copied any
+            # earlier it would be seen twice.
             if leaving[3] >= self.tau:
                 self.pages.append(leaving)
         self.ring.append(token)
@@ -181,7 +182,8 @@ class Gate(nn.Module):
 class Gates(nn.Module):
     """A Gate for each layer, with the window and tau they belong to.
 
-    Anything with a method `gate` like this one's, a window and a tau is an *admission policy*.
+    Anything with a method `gate` like this one's is an *admission policy*; it may have a window and
+    a tau (else they are 256 and 0.1).
 
     Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the student used
     their keys with that weight. In our experiments 0.1 is the largest threshold that loses nothing
@@ -265,7 +267,7 @@ class PagePool:
 
         k, v (N, P, D)         keys after RoPE, and values
         g    (N, P) fp32       the token's gate: a ring's are read when its tokens leave
-        pos  (N, P) int32      its position, for pictures and tests; with g 8 bytes a slot
+        pos  (N, P) int32      its position, for pictures and tests (g and pos together: 8 bytes)
         free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
 
     Slots count through all pages: slot p * P + i is the i-th of page p. Page 0 is a dummy that
@@ -292,7 +294,7 @@ class PagePool:
         return other
 
     def grow(self, pages):
-        """Add free pages. One tensor is copied at a time, so at most half a pool is held twice."""
+        """Add free pages. One tensor is copied at a time, so at most K or V exists twice."""
         old = len(self.k)
         for name in ("k", "v", "g", "pos", "free"):
             tensor = getattr(self, name)
@@ -337,7 +339,7 @@ class PagePool:
 class Cache:
     """What both caches share: lengths, positions, views of some sequences, reserved room.
 
-    A view (`sequences`) is a cache of a few of the sequences. It has positions and a plan of its
+    cache.sequences(2) is a view: a cache of sequence 2 alone. It has positions and a plan of its
     own and shares all memory with its `base`, the whole cache. So tensors that may be replaced,
     because they grow, live in the base alone, and everything else is updated in place. One call
     at a time.
@@ -350,15 +352,14 @@ class Cache:
         self.D = c.head_dim
         self.device = model.device
         self.dtype = model.dtype
-        # By device and head dim.
+        # None if there are no kernels for this device or head dim.
         self.kernels = kernels_for(torch.empty(self.D, device=self.device))
         self.view_of = None         # of a view: the whole cache
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.expected = 0           # tokens a sequence will hold, where someone has said so
-        # (first, count, tokens): those sequences may add so many tokens each before the next
-        # make_room.
+        # (first, count, tokens): these sequences have pages for so many more tokens each.
         self.room = (0, batch, 0)
         self.in_call = None         # the sequences (first, count) of a call that has not ended
 
@@ -415,7 +416,7 @@ class Cache:
         self.base.in_call = None
 
     def set_room(self, tokens):
-        """Note that these sequences may add so many tokens; what others had reserved is void."""
+        """Note that these sequences have room; others may have lost theirs, there is one pool."""
         self.base.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
@@ -427,8 +428,9 @@ class Cache:
         """Make room for `steps` one-token calls; inside, none of them synchronizes with the host.
 
         To ask a GPU for a number the host waits until the GPU's queue has run empty, and then the
-        GPU waits for new work. Besides, a CUDA graph repeats the kernels of `begin` but not its
-        Python: nobody would notice that room is short, and the pool must not move under a graph.
+        GPU waits for new work. Besides, decode records its step as a CUDA graph, which repeats
+        the kernels of `begin` in one launch, but not its Python: nobody would notice that room is
+        short, and the pool must not move under a graph.
         """
         self.make_room(steps)
         self.set_room(steps)
@@ -459,8 +461,8 @@ class Cache:
 class DenseCache(Cache):
     """Keeps everything: the baseline. K and V of each layer are one tensor (B, Hkv, capacity, D).
 
-    Capacity is in whole pages, so that the decode kernel of the paged cache serves here as well: a
-    row's page table is then 0, 1, 2, ... counted from its own first page.
+    Capacity is in whole pages, so that the paged cache's decode kernel (below) serves here as
+    well: a row's page table is then 0, 1, 2, ... counted from its own first page.
     """
 
     def __init__(self, model, batch=1):
@@ -566,7 +568,7 @@ class DualCache(Cache):
                    position mod 100     never used     the first promoted token is in 128
         page       page_table[row, 0] and [row, 1]     page_table[row, 2], [row, 3], ...
 
-    A query sees the places n < min(tokens, W) and R * P <= n < R * P + count: one rule, and so one
+    A query sees the places n < min(tokens, W) and R * P <= n < R * P + count: one list, and so one
     loop over one page table in decode. A row wastes less than a page at its end (at most 63 tokens,
     17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
     """
@@ -625,8 +627,8 @@ class DualCache(Cache):
         that takes n tokens needs at most ceil(n / P) new pages. With P = 64 and n = 70 that is 2: a
         row of 50 tokens goes from 1 page to 2, a row of 60 from 1 to 3.
 
-        So a prefill must find free pages for all its tokens, although most will be refused. Read a
-        long prompt in chunks, and only one chunk's worth stands empty.
+        Gates are not known yet, so a prefill must find free pages for all its tokens, although most
+        will be refused. Read a long prompt in chunks, and only one chunk's worth stands empty.
         """
         extra = pages_for(tokens)
         base = self.base
@@ -645,11 +647,11 @@ class DualCache(Cache):
     def pool_size(self, wanted, promoted, so_far):
         """The least size, in pages, of a pool that has to grow.
 
-        A growing pool is copied. So where the length of the prompt is known, it grows early,
-        while it is small: to what the share promoted so far asks for at the prompt's end, 4%
-        more, and the room that one call wants. After 8K of 200K tokens, 500 pages of promoted
-        tokens ask for 500 * 25 * 1.04 in the end. Where the length is not known, the pool grows
-        by a tenth.
+        A growing pool is copied. So where the length of the prompt is known, the pool grows
+        early, while it is small: to what the whole prompt will need if the rest is promoted at
+        the rate so far, 4% more, and one call's room. If 500 pages were promoted from 8K of 200K
+        tokens, that is 500 * 25 * 1.04 pages and one call's. Where the length is not known, it
+        grows by a tenth.
         """
         pages = len(self.pool.k)
         if self.base.expected <= so_far or so_far == 0:
@@ -707,8 +709,7 @@ class DualCache(Cache):
         # Each promoted token's number in its list, from 1; elsewhere it means nothing.
         numbers = counts[..., None] + promote_mask.cumsum(-1)
         after = numbers[..., -1]
-        # A row's list grows from pages [0, have) to [0, need): each row's new entries get free
-        # pages.
+        # A row's list grows from `have` pages to `need`: its new entries get free pages.
         column = torch.arange(table.shape[3] - self.R, device=self.device)
         have = pages_for(counts)[..., None]
         need = pages_for(after)[..., None]
@@ -752,8 +753,9 @@ class DualCache(Cache):
         band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
         promote_mask = (band_g[:, :, :T] >= self.tau) & valid               # (B, Hkv, T)
-        # How many promoted tokens of a row lie outside the window of new token t: the *old* ones.
-        # Others promoted in this call come behind them, so t sees those in the band only.
+        # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
+        # promoted later in this call stand after them in the list; t still has those in its
+        # window, and reads them from the band.
         num_old = counts[..., None] + promote_mask.cumsum(-1)
         band_pos = torch.arange(-W, T, device=self.device) + self.num_tokens[:, None]   # (B, W + T)
         if self.kernels:
@@ -791,18 +793,18 @@ class DualCache(Cache):
             active = self.num_new > 0
             slots, k, v, g, pos = (x[active] for x in (slots, k, v, g, pos))
         self.pool.write(slots, k, v, g, pos)
-        pages, owner, hidden = (x[layer] for x in self.plan)
+        pages, owner, masked = (x[layer] for x in self.plan)
         q = q.reshape(self.B * self.Hkv, -1, self.D)                        # (rows, G, D)
         k = self.pool.k.index_select(0, pages)                              # (n, P, D)
         v = self.pool.v.index_select(0, pages)
-        y = paged_attention(q, k, v, owner, hidden)
+        y = paged_attention(q, k, v, owner, masked)
         return y.view(self.B, -1, 1, self.D)
 
     def plan_decode(self):
-        """What each layer's decode reads: lists over layers of (pages, owner, hidden).
+        """What each layer's decode reads: lists over layers of (pages, owner, masked).
 
         pages (n): the ids of all pages in use, row after row; owner (n): the row that each
-        belongs to; hidden (n, P) bool: the slots that a query does not see.
+        belongs to; masked (n, P) bool: the slots that a query does not see.
         """
         table = self.page_table
         column = torch.arange(table.shape[3], device=self.device)
@@ -811,11 +813,11 @@ class DualCache(Cache):
         # The ring holds tokens in its places below min(tokens, W), the rest of the list to its end.
         in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
         held = torch.where(column < self.R, in_ring, self.R * P + self.counts[layer, b, h])
-        hidden = column[:, None] * P + torch.arange(P, device=self.device) >= held[:, None]
+        masked = column[:, None] * P + torch.arange(P, device=self.device) >= held[:, None]
         sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
         pages = table[used].long()
         owner = b * self.Hkv + h
-        return pages.split(sizes), owner.split(sizes), hidden.split(sizes)
+        return pages.split(sizes), owner.split(sizes), masked.split(sizes)
 
     # --------------------------------------------------------------------------- looking inside
 
@@ -906,22 +908,23 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     return out.view(B, Hq, T, D)
 
 
-def paged_attention(q, k, v, owner, hidden):
+def paged_attention(q, k, v, owner, masked):
     """Decode: attention of one query a head over the pages of its row; rows have different lengths.
 
     q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; owner (n): the row
-    that each page belongs to; hidden (n, P) bool: the slots its query does not see. Returns
+    that each page belongs to; masked (n, P) bool: the slots its query does not see. Returns
     (rows, G, D).
 
     This is split-KV, as in Flash-Decoding: the keys of one query are split into parts, here
     pages, and the partial sums are added. With m the largest score of the whole row, the sums
-    under weights exp(s - m) simply add up. So nothing is padded to the longest row. (The row of a
-    sequence that has no token at all comes to 0 / 0, NaN. Nobody reads it.)
+    under weights exp(s - m) simply add up. Pages are the unit, so nothing is padded to the
+    longest row. (The row of a sequence that has no token at all comes to 0 / 0, NaN. Nobody reads
+    it.)
     """
     rows, G, D = q.shape
     q = (q / math.sqrt(D)).index_select(0, owner)                           # (n, G, D)
     scores = torch.bmm(q, k.transpose(1, 2)).float()                        # (n, G, P)
-    scores.masked_fill_(hidden[:, None], -math.inf)
+    scores.masked_fill_(masked[:, None], -math.inf)
     m = scores.new_full((rows, G), -math.inf)
     m.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
     weights = scores.sub_(m.index_select(0, owner)[:, :, None]).exp_()
@@ -976,8 +979,8 @@ class SoftAttention:
     none: a gate that low has closed for good.) With hard=True the bias is 0 or -inf, as at
     inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
 
-    Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; keeping
-    the rerun's gates would keep its whole graph alive.
+    Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; if the
+    rerun's gates were kept, the memory of its whole graph would not be freed.
     """
 
     def __init__(self, gates, device, hard=False):

@@ -155,7 +155,7 @@ def token():
     assert gates[leaving] >= tau, "the drawing shows a token that is promoted"
 
     fig = Figure("token", 392, "A token's life",
-                 f"Token {new} takes place {new} mod {window} = {place} of a ring of {window} places. "
+                 f"Token {new} takes place {new} mod {window} = {place} of a ring of {window}. "
                  f"Token {leaving}, which was there, leaves the window. Its gate is at least tau = "
                  f"{tau}, so it is copied to the row's page, behind tokens {promoted}. Tokens "
                  f"{gone} had smaller gates and are gone. A query sees the ring and the pages.")
@@ -195,7 +195,7 @@ def token():
 
     # The query sees both.
     fig.box(396, 328, 64, 32, "query", "query", "bold")
-    fig.text(428, 380, "sees the ring and the page", "small soft middle")
+    fig.text(428, 380, "sees the ring, now with 14, and the page", "small soft middle")
     fig.arrow([(396, 344), (346, 344), (298, 272)], "query")
     end = 558 + 43 * (len(promoted) + 1) - 5
     fig.bracket(558, end, 292, "query", ends=-6)
@@ -216,7 +216,8 @@ def draw_ring(fig, cx, cy, ring, gates, tau, upper_right):
         corners = [point(outer, middle - step / 2), point(outer, middle + step / 2),
                    point(inner, middle + step / 2), point(inner, middle - step / 2)]
         a, b, c, d = (f"{number(x)} {number(y)}" for x, y in corners)
-        fig.path(f"M{a}A{outer} {outer} 0 0 1 {b}L{c}A{inner} {inner} 0 0 0 {d}Z", "window")
+        style = "gone dashed" if place == upper_right else "window"     # this token is leaving
+        fig.path(f"M{a}A{outer} {outer} 0 0 1 {b}L{c}A{inner} {inner} 0 0 0 {d}Z", style)
         x, y = point((inner + outer) / 2 + 1, middle)
         fig.text(x, y - 2, str(t), "middle bold")
         gate_style = "admitted bold" if gates[t] >= tau else "soft"
@@ -568,15 +569,11 @@ def combining(fig, parts, x_of):
             fig.text(centre, 163, "m, l, o", "middle")
             fig.arrow([(centre, 170), ((middle + centre) / 2, 199)], "plain")
 
-        # All programs start together, and arrive at a row after their tiles up to its end.
-        arrival = {}
-        for program, _, _, stop in mine:
-            arrival[program] = stop - min(first for p, _, first, _ in parts if p == program)
-        last = [str(p) for p in arrival if arrival[p] == max(arrival.values())]
+        sharing = [str(program) for program, _, _, _ in mine]
         fig.rect(middle - 58, 200, 116, 58, "plain")
         fig.text(middle, 217, "combine", "middle bold")
-        fig.text(middle, 234, f"by program {' or '.join(last)},", "middle small soft")
-        fig.text(middle, 250, "the last to arrive", "middle small soft")
+        fig.text(middle, 234, f"by program {' or '.join(sharing)},", "middle small soft")
+        fig.text(middle, 250, "whoever is last", "middle small soft")
         fig.arrow([(middle, 258), (middle, 291)], "query")
 
 
