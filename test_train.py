@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -146,8 +145,7 @@ def test_checkpointed_layers_give_the_same_gradients(tiny):
 def test_the_second_run_of_a_layer_leaves_nothing_behind(tiny):
     """Gates of the second run kept, and all that led to them: the memory of all layers at once."""
     model, text = tiny
-    gates = Gates.for_model(model, window=16)
-    student = SoftAttention(gates, model.device)
+    student = SoftAttention(gates_for(model), model.device)
     hidden = model(torch.tensor([text.encode(STORY)[:100]]), student, checkpoint=True)
     first = dict(student.g)
     (hidden.sum() + sum(g.sum() for g in first.values())).backward()
@@ -309,38 +307,25 @@ def test_special_tokens_in_a_text_are_text(tiny):
         assert end not in samples(random.Random(n), 256)[0].tolist()
 
 
-def test_which_files_are_read(tmp_path, capsys):
+def test_which_files_are_read(tmp_path):
     """A document lost in a subfolder or a last line; a line cut at U+2028; other files read.
 
-    And a folder, a dangling link or a named pipe, which refused all of it or never ended.
+    And what is no regular file: a dangling link, or a named pipe, which would never end.
     """
     (tmp_path / "b" / "c.txt").mkdir(parents=True)
     lines = ['{"text": "two\u2028lines", "id": 7}', "", '{"text": " "}', '{"text": "three"}']
     (tmp_path / "b" / "c.txt" / "2.jsonl").write_text("\n".join(lines))
     (tmp_path / "1.txt").write_text("one\n")
     (tmp_path / "b" / "x.bin").write_bytes(b"\xff")
-    assert train.read_documents(tmp_path) == ["one\n", "two\u2028lines", "three"]
-    assert train.read_documents(tmp_path / "1.txt") == ["one\n"]
-    assert capsys.readouterr().err == ""
-
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert train.read_documents(tmp_path) == ["one\n", "two\u2028lines", "three"]
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "2 in all" in err and "dangling.txt" in err
+    assert train.read_documents(tmp_path / "1.txt") == ["one\n"]
     refused(lambda: train.read_documents(tmp_path / "pipe.jsonl"), "pipe.jsonl", "regular file")
-    refused(lambda: train.read_documents(tmp_path / "dangling.txt"), "dangling.txt")
 
 
-def test_a_byte_order_mark_is_not_text(tmp_path):
-    """A mark that the model learns to see at the beginning of documents."""
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
-    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n{"text": "\\ufeffthree"}')
-    assert train.read_documents(tmp_path) == ["one", "two", "three"]
-
-
-@pytest.mark.parametrize("line", ("{", '{"body": "x"}', '["text"]', '{"text": 3}', "7", "null",
-                                  '{"text": "half \\ud800 a pair"}', "[" * 100_000), ids=range(8))
+@pytest.mark.parametrize("line", ("{", '{"body": "x"}', '["text"]', '{"text": 3}',
+                                  '{"text": "half \\ud800 a pair"}'), ids=range(5))
 def test_broken_lines_are_named(line, tmp_path):
     """A traceback, or a document that the tokenizer cannot take, hours after it was read."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line)
@@ -390,7 +375,7 @@ def test_training_writes_gates_that_fit_and_repeat(tmp_path, capsys, monkeypatch
 
     printed, err = capsys.readouterr()
     assert printed == "table\n" * 2
-    assert "memory: weights 0.03 GiB" in err and f"{out}.log.jsonl" in err
+    assert "memory: a sample of 256 tokens takes about" in err and f"{out}.log.jsonl" in err
     assert f"generate.py --model {TINY_FOLDER} --gates {out}" in err
     wanted = {**json.loads(json.dumps(vars(train.BUNDLED))), "steps": 2, "seq_len": [256],
               "tokens_per_step": 512, "window": 32}
@@ -404,7 +389,8 @@ def test_training_writes_gates_that_fit_and_repeat(tmp_path, capsys, monkeypatch
 
 def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, capsys):
     """A log that loses a step; shares by head or by size of g that do not add up to the whole."""
-    assert train.main([*trainee, "--out", str(tmp_path / "g")]) == 0
+    assert train.main([*trainee, "--out", str(tmp_path / "g"), "--save-every", "2"]) == 0
+    assert {path.name for path in tmp_path.glob("g*")} == {"g", "g.log.jsonl"}
     *steps, last = read_log(tmp_path / "g")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
@@ -425,19 +411,7 @@ def test_the_log_has_every_step_and_ends_with_the_validation(trainee, tmp_path, 
     out, err = capsys.readouterr()
     assert out == ""                            # no table: a random model recalls nothing
     assert "validation: distill loss " in err
-
-
-def test_what_a_run_leaves_behind(trainee, tmp_path):
-    """A .resume, .lock or .part after the end; gates that only their owner can read."""
-    before = set(os.listdir(tmp_path))
-    umask = os.umask(0o022)
-    try:
-        assert train.main([*trainee, "--out", str(tmp_path / "g"), "--save-every", "2"]) == 0
-    finally:
-        os.umask(umask)
-    assert set(os.listdir(tmp_path)) - before == {"g", "g.log.jsonl"}
-    for name in ("g", "g.log.jsonl"):
-        assert stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o644
+    assert err.count("training: step ") == 6    # at most ten lines, where stderr is no terminal
 
 
 DIES = """
@@ -462,7 +436,7 @@ def test_a_killed_run_continues_to_the_same_gates(trainee, tmp_path, capsys):
                          cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
                          capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
-    assert Path(f"{out}.resume.part").exists() and Path(f"{out}.lock").exists()
+    assert Path(f"{out}.resume.part").exists()
     assert not Path(out).exists() and len(read_log(out)) == 4
 
     err = run_with_error([*trainee, "--out", out, "--resume"], 0, capsys)
@@ -537,37 +511,22 @@ def test_a_broken_resume_file_is_refused(unfinished, tmp_path, capsys):
     tensors = {name: t.clone() for name, t in load_file(path).items()}      # not mapped to the file
     metadata = safe_open(path, "pt").metadata()
 
-    def refuse(*words):
+    def refuse():
         err = run_with_error(unfinished, 2, capsys)
-        assert err.count("\n") == 1 and all(word in err for word in ("g.resume", *words)), err
+        assert err.count("\n") == 1 and "g.resume cannot be read" in err, err
 
     for content in (b"", b"garbage", good[:1000], good[:-4]):
         path.write_bytes(content)
-        refuse("cannot be read")
-    sparse = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), [1.0], (2**30, 2**30),
-                                     check_invariants=True)
-    for content in ({}, {"gates": sparse}, Bomb(tmp_path / "exploded")):
-        torch.save(content, path)
-        refuse("cannot be read")
-    assert not (tmp_path / "exploded").exists()
-
-    name = "layers.0.w1.exp_avg"
-    for wrong in (tensors[name][:1], tensors[name].half(), torch.zeros(2**20)):
-        save_file({**tensors, name: wrong.contiguous()}, path, metadata)
-        refuse("cannot be read", name, str(tuple(tensors[name].shape)))
-    save_file({key: t for key, t in tensors.items() if key != name}, path, metadata)
-    refuse("cannot be read", name)
-    for change in (dict(done="7"), dict(done="0"), dict(done="x"), dict(settings="[" * 10_000),
-                   dict(settings="[]")):
-        save_file(tensors, path, {**metadata, **change})
         refuse()
+    torch.save(Bomb(tmp_path / "exploded"), path)
+    refuse()
+    assert not (tmp_path / "exploded").exists()
     save_file(tensors, path)
-    refuse("cannot be read")
-    path.unlink()
-    os.mkfifo(path)
-    refuse("regular file")
+    refuse()
+    del tensors["layers.0.w1.exp_avg"]
+    save_file(tensors, path, metadata)
+    refuse()
 
-    path.unlink()
     path.write_bytes(good)
     assert train.main(unfinished) == 0
 
@@ -589,7 +548,7 @@ def test_two_processes_train_as_one(trainee, tmp_path):
 
 @pytest.mark.parametrize("at", (1, 4))
 def test_a_loss_that_is_not_finite_ends_the_run(at, trainee, tmp_path, monkeypatch, capsys):
-    """NaN written over good gates; the gates of the update that broke them; a run that goes on."""
+    """NaN written over good gates; an update with NaN; a run that goes on."""
     real = train.distill
     calls = []
 
@@ -609,10 +568,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(at, trainee, tmp_path, monkeypat
     if at == 1:
         assert out.read_text() == "old"
     else:
-        # Step 3 had a finite loss, and its loss was that of the gates after step 2.
-        assert "gates after step 2" in last
+        assert "gates after step 3" in last
         gates = Gates.load(out, Llama.from_pretrained(tmp_path))
-        assert all(torch.equal(a, b) for a, b in zip(gates.parameters(), calls[2], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(gates.parameters(), calls[3], strict=True))
 
 
 # ------------------------------------------------------------------- full disks and other trainings
@@ -626,25 +584,20 @@ def small_disk():
 
 
 def test_a_disk_that_is_full_for_the_state(trainee, tmp_path, small_disk, capsys):
-    """A training that ends because its state cannot be saved, and takes the gates with it."""
-    out = tmp_path / "g"
+    """A half-written file that is left behind or resumed; a traceback."""
+    out = str(tmp_path / "g")
     assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
-    small_disk(os.path.getsize(tmp_path / "whole") + 1000)
-    err = run_with_error([*trainee, "--out", str(out), "--save-every", "2"], 0, capsys)
-    assert err.count("g.resume cannot be written") == 1 and "the training goes on" in err
-    same_gates(tmp_path / "whole", out)
-    assert {path.name for path in tmp_path.glob("g*")} == {"g", "g.log.jsonl"}
-
-
-def test_a_disk_that_is_full_for_everything(trainee, tmp_path, small_disk, capsys):
-    """A half-written file left behind; a log with half a line; a state that is said to be there."""
-    small_disk(700)
-    err = run_with_error([*trainee, "--out", str(tmp_path / "g"), "--save-every", "2"], 2, capsys)
-    last = err.splitlines()[-1]
-    assert "g cannot be written" in last and "no state of the run was saved" in last
-    assert "g.log.jsonl cannot be written" in err
+    small_disk(1000)
+    err = run_with_error([*trainee, "--out", out, "--save-every", "2"], 2, capsys)
+    assert "g.resume cannot be written" in err.splitlines()[-1]
     assert {path.name for path in tmp_path.glob("g*")} == {"g.log.jsonl"}
-    assert 0 < len(read_log(tmp_path / "g")) < 6
+
+
+def test_a_disk_that_is_full_for_the_log(trainee, tmp_path, small_disk, capsys):
+    """Half a line that a resumed run keeps."""
+    small_disk(700)
+    err = run_with_error([*trainee, "--out", str(tmp_path / "g")], 2, capsys)
+    assert "g.log.jsonl cannot be written" in err.splitlines()[-1]
 
 
 def test_a_disk_that_is_full_for_the_gates(trainee, tmp_path, monkeypatch, capsys):
@@ -657,8 +610,7 @@ def test_a_disk_that_is_full_for_the_gates(trainee, tmp_path, monkeypatch, capsy
         patch.setattr(Gates, "save", no_room)
         err = run_with_error([*trainee, "--out", out], 2, capsys)
     last = err.splitlines()[-1]
-    assert "No space left" in last and "g.resume has the run after step 6" in last
-    assert "--resume" in last
+    assert "No space left" in last and "--resume continues from" in last and "g.resume" in last
 
     assert train.main([*trainee, "--out", out, "--resume"]) == 0
     assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
@@ -669,14 +621,11 @@ def test_a_disk_that_is_full_for_the_gates(trainee, tmp_path, monkeypatch, capsy
 def test_two_trainings_with_one_out(trainee, tmp_path, capsys):
     """A second training that writes the files of the first, or one that a stale lock keeps out."""
     argv = [*trainee, "--out", str(tmp_path / "g")]
-    with train.training_lock(str(tmp_path / "g")):
+    with train.RunFiles(str(tmp_path / "g"), None, None, {}).locked_log(0):
         err = run_with_error(argv, 2, capsys)
-        assert err.count("\n") == 1 and "another training is writing" in err and "--out" in err
-        assert (tmp_path / "g.lock").exists() and not (tmp_path / "g").exists()
-    assert not (tmp_path / "g.lock").exists()
-    (tmp_path / "g.lock").write_text("")            # of a run that was killed
+        assert "another training is writing" in err and "--out" in err
+        assert not (tmp_path / "g").exists()
     assert train.main(argv) == 0
-    assert not (tmp_path / "g.lock").exists()
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -686,18 +635,17 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     model = Llama.from_pretrained(tmp_path)
     gates = Gates.for_model(model)
     config = train.TrainConfig(seq_len=(512, 1024))
-    plain = train.activation_bytes(model, gates, 1024, False)
-    checkpointed = train.activation_bytes(model, gates, 1024, True)
-    assert plain > checkpointed == 2 * train.activation_bytes(model, gates, 512, True)
+    plain = train.training_bytes(model, gates, 1024, False)
+    checkpointed = train.training_bytes(model, gates, 1024, True)
+    assert plain > checkpointed > 1.5 * train.training_bytes(model, gates, 512, True)
 
-    state = 20 * sum(p.numel() for p in gates.parameters())
-    free = 2 * (plain + state)
+    free = 2 * plain
     monkeypatch.setattr(train, "free_bytes", lambda device: free)
     assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, False)}
-    free = plain + state
+    free = plain
     assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, True)}
 
-    free = checkpointed
+    free = checkpointed // 2
     argv = [*trainee, "--seq-len", "1024", "--out", str(tmp_path / "g")]
     err = run_with_error(argv, 2, capsys)
     assert err.count("\n") == 1
@@ -740,22 +688,18 @@ def test_convert(tmp_path, capsys):
     assert "8 layers, 4 KV heads of 32" in err
 
 
-NUMBERS = ("--lam", "--window", "--tau", "--expansion", "--seq-len", "--tokens-per-step", "--steps",
-           "--lr", "--warmup", "--weight-decay", "--answer-weight", "--haystack-tokens", "--seed",
-           "--save-every")
 BAD_OPTIONS = [
-    *([option, value] for option in NUMBERS for value in ("nan", "-1", "x", "1e400")),
+    *([option, value] for option in ("--lam", "--window", "--tau", "--seq-len", "--steps", "--seed")
+      for value in ("nan", "-1", "x")),
     ["--window", "0"], ["--tau", "0"], ["--tau", "1.5"], ["--seq-len", "8"], ["--warmup", "1.5"],
-    ["--steps", "0"], ["--steps", "1e3"], ["--seq-len", "256,many"], ["--save-every", "0"],
-    ["--seq-len", "256,"], ["--expansion", "1000"], ["--steps", str(10**12)],
-    ["--seed", str(2**64)],
+    ["--steps", "0"], ["--seq-len", "256,"], ["--save-every", "0"], ["--expansion", "1000"],
 ]
 BAD_INPUTS = [                                          # options, words of the refusal
     (["--data", "nowhere"], "nowhere"),
     (["--data", "no\0where"], "no\\x00where"),
     (["--data", "SHORT"], "fewer than"),
     (["--data", "EMPTY"], "no text found"),
-    (["--data", "FOLDER"], "no text found in its .txt"),
+    (["--data", "FOLDER"], "no text found"),
     (["--data", "LATIN"], "LATIN cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     (["--data", "SHORT", "--tasks"], "no prose to hide tasks in"),
     (["--data", "SHORT", "--chat", "--tasks"], "--chat"),
@@ -794,32 +738,12 @@ def test_training_refuses_what_cannot_work(argv, words, capsys, tmp_path, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-TORCHRUN = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
-
-
 def test_more_processes_than_samples(monkeypatch, capsys):
     """A process without a sample waits for gradients that it does not have."""
-    for name, value in dict(TORCHRUN, WORLD_SIZE="3").items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")      # as torchrun does
+    monkeypatch.setenv("WORLD_SIZE", "3")
     err = run_with_error(["--device", "cpu"], 2, capsys)
     assert "--tokens-per-step 2048: it should be at least 3072" in err
-
-
-@pytest.mark.parametrize("settings, words", [
-    (dict(WORLD_SIZE="2"), "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
-    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="29500"), "MASTER_ADDR not set"),
-    (dict(TORCHRUN, WORLD_SIZE="two"), "'two'"),
-    (dict(TORCHRUN, WORLD_SIZE="2", RANK="x"), "processes"),
-], ids=range(4))
-def test_processes_without_torchrun(settings, words, tmp_path, monkeypatch, capsys):
-    """WORLD_SIZE set by something else than torchrun: a traceback, or a wait without end."""
-    for name in ("WORLD_SIZE", *TORCHRUN):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    err = run_with_error(["--device", "cpu", "--out", str(tmp_path / "g")], 2, capsys)
-    assert err.count("\n") == 1 and words in err
-    assert os.listdir(tmp_path) == []
 
 
 def test_help_names_every_option_and_both_defaults(capsys):

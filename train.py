@@ -12,17 +12,13 @@ g is near 0 fades away there. Only the gates learn:
 
 A gate closes where nobody misses its key. Lambda says how hard it tries: larger keeps less.
 
-Without --data, the training documents are made on the spot: the frozen model writes prose, and
-tiny/tasks.py hides facts, lists, classes and passages in it and asks for them.
+Without --data, the model writes its own training text: prose, in which tiny/tasks.py hides facts,
+lists, classes and passages, and asks for them.
 
 What is random in sample n depends on the seed and n alone. So a run can be resumed after any step,
 and its samples can be split over any number of processes: the gates come out the same.
-
-From top to bottom: settings and schedule, training samples, the loss, memory, the training loop,
-the files of a run, validation and evaluation, the program.
 """
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -43,9 +39,8 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from common import (HERE, Parser, UserError, check_number, check_writable, free_bytes,
-                    model_options, progress, quoted, read_text, reading, real, reason, replacing,
-                    run_program, say, whole, write_text)
+from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options, progress,
+                    quoted, read_text, reading, real, replacing, run_program, say, whole)
 from generate import Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
@@ -61,8 +56,8 @@ EXAMPLES = """examples:
   python train.py --convert official.pt --model FOLDER
                                                 convert the authors' gates, no training
 
-Beside the gates OUT, a run writes OUT.log.jsonl, one line a step and the validation last, and
-OUT.resume, which --resume continues from and which goes when the run is complete."""
+Beside the gates OUT, a run writes OUT.log.jsonl, one line a step and the validation last. Until it
+is complete, it keeps OUT.resume, from which --resume continues."""
 
 
 # ---------------------------------------------------------------------------- settings and schedule
@@ -128,73 +123,35 @@ def learning_rate(config, step):
 
 # ------------------------------------------------------------------------------- text to learn from
 
-INSTRUCTION = "Please analyze and summarize the following text:\n\n"
-PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
-
-
-def find_text_files(folder):
-    """The .txt and .jsonl files in a folder and the folders in it, sorted by path.
-
-    What has such a name and is no regular file is skipped: reading a named pipe would block.
-    """
-    def refuse(error):
-        raise UserError(f"--data {error.filename}: {reason(error)}")
-
-    files = []
-    skipped = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        for path in (Path(parent, name) for name in names):
-            if path.suffix in (".txt", ".jsonl"):
-                found = files if path.is_file() else skipped
-                found.append(path)
-    if skipped:
-        say(f"--data {folder}: skipped what is no regular file, {len(skipped)} in all: "
-            f"{min(skipped)}")
-    return sorted(files)
-
-
 def read_jsonl(path):
     """The "text" of each line of a .jsonl file."""
     texts = []
     # Not splitlines(): that would also cut at U+2028, which JSON allows inside a string.
     for number, line in enumerate(read_text(path, most=None).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'--data {path}, line {number}: no JSON object with a "text" that is '
-                            "text") from None
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            # JSON can write half of a surrogate pair, "\ud800", which no tokenizer takes.
-            raise UserError(f'--data {path}, line {number}: its "text" has half a surrogate pair, '
-                            f"{text[e.start]!r}, which is not a character") from None
-        texts.append(text)
+        if line.strip():
+            with reading(f"--data {path}, line {number}", 'read as {"text": "..."}'):
+                text = json.loads(line)["text"]
+                text.encode()       # fails for half a surrogate pair, which JSON can write
+                texts.append(text)
     return texts
 
 
 def read_documents(path):
     """The documents of a text file, of a .jsonl file, or of all of both in a folder."""
-    is_folder = "\0" not in str(path) and os.path.isdir(path)
-    files = find_text_files(path) if is_folder else [Path(path)]
+    files = [Path(path)]
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).rglob("*")
+                       if file.suffix in (".txt", ".jsonl") and file.is_file())
     documents = []
-    with progress(len(files), "reading", "files") as bar:
-        for file in files:
-            if file.suffix == ".jsonl":
-                documents += read_jsonl(file)
-            else:
-                documents.append(read_text(file, most=None))
-            bar.update()
-    # A byte-order mark is an artefact of the file: the model should not learn to see it.
-    documents = [document.removeprefix("\ufeff") for document in documents]
+    for file in files:
+        if file.suffix == ".jsonl":
+            documents += read_jsonl(file)
+        else:
+            documents.append(read_text(file, most=None))
     documents = [document for document in documents if document.strip()]
     if not documents:
-        where = " in its .txt and .jsonl files" if is_folder else ""
-        raise UserError(f"--data {path}: no text found{where}")
+        raise UserError(f"--data {path}: no text found; it should be a text file, a .jsonl file, "
+                        "or a folder of .txt and .jsonl files")
     return documents
 
 
@@ -203,37 +160,29 @@ def read_prose(path):
     return "\n\n".join(read_documents(path))
 
 
-def write_texts(model, text, kv, hidden, steps, choose=None, report=lambda tokens: None):
-    """Decode up to `steps` tokens for each sequence of a cache; returns the texts."""
+def write(model, text, kv, hidden, steps, choose=None, report=lambda tokens: None):
+    """Decode up to `steps` tokens for each sequence of a cache; returns their ids."""
     written = [[] for _ in range(kv.B)]
     for ids in decode(model, kv, hidden, steps, text.end, choose):
-        new = 0
         for sequence, token in zip(written, ids):
             if token is not None:               # None: this sequence has ended
                 sequence.append(token)
-                new += 1
-        report(new)
-    return [text.decode(sequence) for sequence in written]
+                report(1)
+    return written
 
 
 def generate_prose(model, text, num_tokens, seed, batch=32):
-    """At least `num_tokens` tokens of prose that the model writes: for when no text is given."""
+    """At least `num_tokens` tokens of prose that the model writes."""
     choose = sampler(1.0, 0.95, seed, model.device)
     start = text.begin or [min(text.end, default=0)]
     length = min(512, model.config.max_positions)
     passages = []
-    written = 0
     with progress(num_tokens, "the model writes prose", "tokens") as bar:
-        def report(tokens):
-            nonlocal written
-            written += tokens
-            bar.update(tokens)
-
-        while written < num_tokens:
+        while sum(map(len, passages)) < num_tokens:
             kv = DenseCache(model, batch)
             hidden = prefill(model, kv, [start] * batch)
-            passages += write_texts(model, text, kv, hidden, length, choose, report)
-    return "\n\n".join(passages)
+            passages += write(model, text, kv, hidden, length, choose, bar.update)
+    return "\n\n".join(text.decode(ids) for ids in passages)
 
 
 def make_haystack(prose, source):
@@ -260,9 +209,8 @@ def make_task(task, haystack, length, encode, rng):
 def text_samples(documents, head):
     """Samples of plain text: `head`, then a stretch of one document. All tokens weigh 1.
 
-    documents: int tensors of ids. Every stretch of the right length, in whichever document, has
-    the same probability. Documents are never joined: those that are too short are passed over,
-    and if all are too short the longest is the sample.
+    documents: int tensors of ids. Every stretch of the right length has the same probability,
+    whichever document it is in. Documents are never joined; those that are too short are skipped.
     """
     longest = max(len(document) for document in documents)
 
@@ -288,12 +236,15 @@ def task_samples(haystack, encode, config):
     return sample_task
 
 
+INSTRUCTION = "Please analyze and summarize the following text:\n\n"
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
 def split_text(documents, text, config, source):
     """(samples to train on, held-out samples) of documents, a list of str.
 
-    Every 20th document is held out, or the end of the only one. With --chat, a sample begins as
-    the chat template does, up to where the user's text begins; as in the paper, what the template
-    puts after the text is left off.
+    With --chat, a sample begins as the chat template does, up to where the user's text begins. As
+    in the paper, it leaves off what the template puts after the text.
     """
     head = text.begin
     if config.chat:
@@ -323,18 +274,21 @@ def split_text(documents, text, config, source):
 
 
 def hold_out(documents, shortest, longest):
-    """(training, held out) of documents, tensors sorted by length; [] if nothing can go."""
-    held_out = documents[:-1:20]
-    if held_out:
-        # The longest stays for training: there may be no other that is long enough.
-        training = [d for i, d in enumerate(documents) if i % 20 or i == len(documents) - 1]
-        return training, held_out
-    [only] = documents
-    spare = len(only) - longest
-    if spare < shortest:
-        return documents, []
-    size = min(spare, max(shortest, len(only) // 20))
-    return [only[:-size]], [only[-size:]]
+    """(training, held out): every 20th of some documents, or the end of the only one.
+
+    documents: tensors, sorted by length. The last one stays for training, because there may be no
+    other that is long enough.
+    """
+    *training, last = documents
+    if training:
+        held_out = training[::20]
+        del training[::20]
+        return [*training, last], held_out
+    # The rest must have a sample of every length, and the end one of the shortest.
+    size = min(len(last) - longest, max(shortest, len(last) // 20))
+    if size < shortest:
+        return [last], []
+    return [last[:-size]], [last[-size:]]
 
 
 def make_samples(source, documents, config, model, text):
@@ -417,12 +371,11 @@ def distill(model, gates, samples, checkpoint=False, with_hard=False):
 MICRO_BATCH_TOKENS = 32768      # on a GPU: enough to keep it busy
 
 
-def activation_bytes(model, gates, num_tokens, checkpoint):
-    """About what the forward pass keeps for the backward pass, in bytes. It errs on the high side.
+def training_bytes(model, gates, num_tokens, checkpoint):
+    """About what a micro-batch takes beside the weights, in bytes. It errs on the high side.
 
     A layer keeps its residual streams, q, k, v and the MLP, and fp32 activations of its gates. With
-    checkpointing it keeps the residual stream alone. One more layer's worth is for gradients (and
-    for the layer that is recomputed), and PyTorch's soft attention holds the scores of 256 queries.
+    checkpointing it keeps one residual stream, and one layer at a time is computed again.
     """
     c = model.config
     on_gpu = model.device.type == "cuda"
@@ -433,168 +386,130 @@ def activation_bytes(model, gates, num_tokens, checkpoint):
     kept = c.num_layers * layer
     if checkpoint:
         kept = c.num_layers * 2 * c.hidden_size * model.dtype.itemsize + layer
+    # PyTorch's soft attention holds scores of 256 queries, five times in fp32.
     scores = 0 if on_gpu else 5 * 4 * c.num_heads * 256
-    return int(num_tokens * (kept + layer + scores))
+    # For each parameter of the gates: gradient, a copy for all-reduce, two moments.
+    state = 4 * 4 * sum(p.numel() for p in gates.parameters())
+    # `layer` once more: the gradients of the layer that the backward pass is in.
+    return state + int(num_tokens * (kept + layer + scores))
 
 
 def plan_micro_batches(model, gates, config):
     """({length: (samples per micro-batch, checkpoint layers?)}, the memory estimate as a line).
 
-    A step's samples go through the model in micro-batches whose gradients add up. Layers are
-    checkpointed only where they would not fit otherwise: that costs one more forward pass.
-    UserError if not even one sample of the longest fits.
+    A step's samples go through the model in micro-batches whose gradients add up. Checkpointing
+    costs one more forward pass. UserError if not even one sample of the longest fits.
     """
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.empty_cache()            # torch's own cache would count as taken
     free = free_bytes(model.device) or math.inf
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # For each parameter of the gates: gradient, a copy for all-reduce, two moments, the last good.
-    state = 5 * 4 * sum(p.numel() for p in gates.parameters())
-
-    def needed(num_tokens, checkpoint):
-        return state + activation_bytes(model, gates, num_tokens, checkpoint)
 
     plan = {}
     for length in config.seq_len:
-        checkpoint = needed(length, False) > 0.8 * free
-        count = 1
-        if model.device.type == "cuda":
-            count = max(1, MICRO_BATCH_TOKENS // length)
-        while count > 1 and needed(count * length, checkpoint) > 0.8 * free:
-            count //= 2
+        most = max(1, MICRO_BATCH_TOKENS // length) if on_gpu else 1
+        # The first that leaves a fifth of the memory free, else the last.
+        for count, checkpoint in ((most, False), (1, False), (most, True), (1, True)):
+            if training_bytes(model, gates, count * length, checkpoint) <= 0.8 * free:
+                break
         plan[length] = (count, checkpoint)
 
     longest = max(config.seq_len)
     _, checkpoint = plan[longest]
-    most = needed(longest, checkpoint)
-    if most > free:
-        raise UserError(f"--seq-len {longest} needs about {most / 2**30:.2f} GiB beside the "
+    needed = training_bytes(model, gates, longest, checkpoint)
+    if needed > free:
+        raise UserError(f"--seq-len {longest} needs about {needed / 2**30:.2f} GiB beside the "
                         f"weights, {model.device} has {free / 2**30:.2f} GiB free: lower "
                         "--seq-len, or try --dtype bfloat16")
-    note = ", layers checkpointed," if checkpoint else ""
-    return plan, (f"memory: weights {weights / 2**30:.2f} GiB; a sample of {longest:,} tokens "
-                  f"takes about {most / 2**30:.2f} GiB{note} of the {free / 2**30:.2f} GiB free "
-                  f"on {model.device}")
+    note = " with checkpointed layers" if checkpoint else ""
+    return plan, (f"memory: a sample of {longest:,} tokens takes about {needed / 2**30:.2f} GiB"
+                  f"{note}; {model.device} has {free / 2**30:.2f} GiB free")
 
 
 # -------------------------------------------------------------------------------- the training loop
-
-class Trainer:
-    """The parts of one training step: gradients, the update, and the way back if they fail."""
-
-    def __init__(self, model, gates, optimizer, config, micro_batches=None):
-        self.model = model
-        self.gates = gates
-        self.optimizer = optimizer
-        self.config = config
-        self.micro_batches = micro_batches or {}
-        self.schedule = schedule(config)
-        self.parameters = list(gates.parameters())
-        self.last_finite = None             # (steps done, parameters then)
-
-    def gradients(self, step, batch, stop=0):
-        """Leave the gradients of a step in the gates; return the step's figures, as a dict.
-
-        batch: this process's samples. stop: above 0 if this process was asked to stop. It is summed
-        over the processes like everything else, so that all of them stop after the same step.
-        """
-        length, _, num_samples = self.schedule[step]
-        per_micro_batch, checkpoint = self.micro_batches.get(length, (1, False))
-        with_hard = step % 25 == 0 or step == self.config.steps - 1
-        sums = dict(distill_loss=0.0, hard_distill_loss=0.0, sparsity_loss=0.0, admitted=0.0,
-                    tokens=0, stop=stop)
-        for start in range(0, len(batch), per_micro_batch):
-            samples = batch[start:start + per_micro_batch]
-            check_vocabulary(self.model, samples)
-            losses = distill(self.model, self.gates, samples, checkpoint, with_hard)
-            self.backward(losses, len(samples), num_samples, sums)
-            sums["tokens"] += sum(len(ids) for ids, _ in samples)
-
-        gradients = [p.grad for p in self.parameters]
-        figures = all_reduce(gradients, sums)
-        figures["loss"] = figures["distill_loss"] + self.config.lam * figures["sparsity_loss"]
-        figures["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
-        figures["seq_len"] = length
-        if not with_hard:
-            figures["hard_distill_loss"] = None
-        return figures
-
-    def backward(self, losses, count, num_samples, sums):
-        """Add a micro-batch of `count` samples to the gradients and to the sums of its step.
-
-        The loss of a step is the mean over all its samples, in whichever micro-batch and process
-        they are, so each micro-batch counts by its share of them.
-        """
-        loss = losses.distill + self.config.lam * losses.sparsity
-        (loss * count / num_samples).backward()
-        admitted = torch.stack([(g >= self.gates.tau).float().mean() for g in losses.gates]).mean()
-        sums["distill_loss"] += losses.distill.item() * count / num_samples
-        sums["hard_distill_loss"] += losses.hard_distill * count / num_samples
-        sums["sparsity_loss"] += losses.sparsity.item() * count / num_samples
-        sums["admitted"] += admitted.item() * count / num_samples
-
-    def update(self, step):
-        """One step of AdamW, from gates that had a finite loss."""
-        self.last_finite = (step, [p.detach().clone() for p in self.parameters])
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def roll_back(self, step):
-        """Back to the last gates that had a finite loss; returns how many steps made them.
-
-        Step `step` was not finite, so the update before it has broken the gates.
-        """
-        if self.last_finite is None:
-            return step                     # the first step of this process: nothing was updated
-        done, parameters = self.last_finite
-        for p, good in zip(self.parameters, parameters):
-            p.copy_(good)
-        return done
-
 
 def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, log=None, save=None,
           save_every=50):
     """Take the steps after `done`. Returns (steps done, None or the reason why there are no more).
 
-    samples[step]: a list of (ids, weights), see `Samples`. micro_batches: see `plan_micro_batches`.
-    log(figures) is called after each step, save(steps done) after every `save_every` of them.
+    samples: a `Samples`. micro_batches: see `plan_micro_batches`. log(figures) is called after each
+    step, save(steps done) after every `save_every` steps and after the last.
     """
-    trainer = Trainer(model, gates, optimizer, config, micro_batches)
+    micro_batches = micro_batches or {}
     # batch_size None: samples[step] is a whole step already. Workers make samples ahead of a GPU.
     batches = DataLoader(samples, batch_size=None, sampler=range(done, config.steps),
                          num_workers=num_workers(model.device), worker_init_fn=ignore_ctrl_c)
-    tokens = [length * count for length, _, count in trainer.schedule]
-    hard = math.nan                         # the last hard distillation loss, for the progress bar
+    tokens = [length * count for length, _, count in samples.schedule]
+    hard = math.nan                         # the last hard distillation loss, for the status
     with (finish_the_step() as signals,
           progress(sum(tokens[done:]), "training", "tokens", delay=0) as bar):
         started = time.perf_counter()
         for step, batch in enumerate(batches, done):
-            figures = trainer.gradients(step, batch, stop=len(signals))
+            length, _, num_samples = samples.schedule[step]
+            with_hard = step % 25 == 0 or step == config.steps - 1
+            sums = add_gradients(model, gates, config, batch, num_samples,
+                                 micro_batches.get(length, (1, False)), with_hard)
+            # With torchrun, all processes stop after the same step: the signals are summed, too.
+            gradients = [p.grad for p in gates.parameters()]
+            figures = all_reduce(gradients, dict(sums, stop=len(signals)))
+            stop = figures.pop("stop") > 0
+            num_tokens = figures.pop("tokens")
+            figures["loss"] = figures["distill_loss"] + config.lam * figures["sparsity_loss"]
+            figures["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                why = f"step {step + 1}: the loss or its gradient is not finite"
-                return trainer.roll_back(step), why
-            trainer.update(step)
+                return step, f"step {step + 1}: the loss or its gradient is not finite"
+
+            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
             seconds = time.perf_counter() - started
             started += seconds
-            if figures["hard_distill_loss"] is not None:
+            if with_hard:
                 hard = figures["hard_distill_loss"]
-            bar.set_postfix_str(
-                f"step {step + 1}/{config.steps}, distill loss {figures['distill_loss']:.4f}, "
-                f"hard {hard:.4f}, admitted {figures['admitted']:.1%}", refresh=False)
-            bar.update(tokens[step])
-
-            stop = figures.pop("stop") > 0
-            tokens_per_s = figures.pop("tokens") / seconds
+            else:
+                figures["hard_distill_loss"] = None
             if log:
-                log(dict(step=step + 1, **figures, seconds=seconds, tokens_per_s=tokens_per_s))
-            if save and (stop or (step + 1) % save_every == 0):
+                log(dict(step=step + 1, **figures, seq_len=length, seconds=seconds,
+                         tokens_per_s=num_tokens / seconds))
+            status = (f"step {step + 1}/{config.steps}, "
+                      f"distill loss {figures['distill_loss']:.4f}, hard {hard:.4f}, "
+                      f"admitted {figures['admitted']:.1%}")
+            bar.set_postfix_str(status, refresh=False)
+            bar.update(tokens[step])
+            # Without a terminal there is no bar: ten lines in all show that the run is alive.
+            if bar.disable and (step + 1) * 10 // config.steps > step * 10 // config.steps:
+                say(f"training: {status}")
+
+            if save and (stop or (step + 1) % save_every == 0 or step + 1 == config.steps):
                 save(step + 1)
             if stop:
                 return step + 1, "interrupted"
     return config.steps, None
+
+
+def add_gradients(model, gates, config, batch, num_samples, micro_batch, with_hard):
+    """Add the gradients of a step's batch to the gates; returns sums for the step's figures.
+
+    batch: this process's samples of the step, which has num_samples in all. The loss of a step is
+    the mean over all of them, so each micro-batch counts by its share.
+    """
+    size, checkpoint = micro_batch
+    sums = dict(distill_loss=0.0, hard_distill_loss=0.0, sparsity_loss=0.0, admitted=0.0, tokens=0)
+    for start in range(0, len(batch), size):
+        samples = batch[start:start + size]
+        check_vocabulary(model, samples)
+        losses = distill(model, gates, samples, checkpoint, with_hard)
+        loss = losses.distill + config.lam * losses.sparsity
+        (loss * len(samples) / num_samples).backward()
+
+        admitted = torch.stack([(g >= gates.tau).float().mean() for g in losses.gates]).mean()
+        means = dict(distill_loss=losses.distill.item(), hard_distill_loss=losses.hard_distill,
+                     sparsity_loss=losses.sparsity.item(), admitted=admitted.item())
+        for name, mean in means.items():
+            sums[name] += mean * len(samples) / num_samples
+        sums["tokens"] += sum(len(ids) for ids, _ in samples)
+    return sums
 
 
 def check_vocabulary(model, samples):
@@ -609,8 +524,8 @@ def check_vocabulary(model, samples):
 def finish_the_step():
     """A list that gets the signal when Ctrl-C or SIGTERM (as clusters send it) asks us to stop.
 
-    Stopping in the middle of an update would leave a mix of two steps in the gates, so the loop
-    looks into the list after each step. A second Ctrl-C interrupts at once.
+    The loop looks into it after each step, because in the middle of an update the gates are a mix
+    of two steps. A second Ctrl-C interrupts at once.
     """
     signals = []
 
@@ -664,17 +579,8 @@ def all_reduce(gradients, sums):
 
 
 def torchrun_processes():
-    """How many processes torchrun started; 1 without it."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
-        return 1
-    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in others if name not in os.environ]
-    if missing or not size.isdecimal():
-        why = f"{', '.join(missing)} not set" if missing else "that is no number"
-        raise UserError(f"WORLD_SIZE is {quoted(size)}, but {why}: start several processes with "
-                        "torchrun, or unset WORLD_SIZE")
-    return int(size)
+    """How many processes torchrun started; 1 without it, also where a cluster sets WORLD_SIZE."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 @contextlib.contextmanager
@@ -686,16 +592,12 @@ def process_group(args):
     if torch.cuda.is_available() and args.device is None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     on_gpu = (args.device or "cpu").startswith("cuda")
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f"the processes cannot find each other: {reason(e)}") from None
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         with contextlib.ExitStack() as stack:
             if dist.get_rank() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+                stack.enter_context(contextlib.redirect_stdout(None))
+                stack.enter_context(contextlib.redirect_stderr(None))
             yield
     finally:
         dist.destroy_process_group()
@@ -711,24 +613,15 @@ class RunFiles:
 
     OUT.resume is a safetensors file, so that nothing in it can run: the gates, AdamW's moments of
     them (NAME.exp_avg, NAME.exp_avg_sq), and as metadata the steps done and the run's settings.
-    A full disk does not end a training, it is only remarked on: the gates in memory are worth more
-    than the file, and the next attempt may succeed.
     """
 
     def __init__(self, out, gates, optimizer, settings):
+        self.out = out
         self.resume_path = f"{out}.resume"
         self.log_path = f"{out}.log.jsonl"
         self.gates = gates
         self.optimizer = optimizer
         self.settings = settings
-        self.saved = None                   # how many steps OUT.resume holds
-        self.unlogged = []                  # lines that the disk had no room for
-        self.last_remark = ""
-
-    def remark(self, error):
-        if str(error) != self.last_remark:
-            say(f"\n{error}: the training goes on")
-            self.last_remark = str(error)
 
     def save(self, done):
         """Write OUT.resume after so many steps."""
@@ -738,120 +631,64 @@ class RunFiles:
             for moment in MOMENTS:
                 tensors[f"{name}.{moment}"] = self.optimizer.state[p][moment]
         metadata = dict(done=str(done), settings=json.dumps(self.settings))
-        try:
-            with replacing(self.resume_path) as part:
-                save_file(tensors, part, metadata)
-            self.saved = done
-        except UserError as e:
-            self.remark(e)
+        with replacing(self.resume_path) as part:
+            save_file(tensors, part, metadata)
 
     @torch.no_grad()
     def load(self):
         """Fill gates and optimizer from OUT.resume; returns the steps done.
 
-        UserError if it is the state of another run, or of none. Nothing is filled before all of it
-        has been looked at.
+        UserError if it is the state of another run, or of none.
         """
         path = self.resume_path
         with reading(path, "read as the state of a run"):
             file = open_tensors(path)
             metadata = file.metadata() or {}
-            if not {"done", "settings"} <= metadata.keys():
-                raise ValueError("its metadata says nothing about a run")
             there = json.loads(metadata["settings"])
             differing = [f"{key} {quoted(there[key])} there, {quoted(value)} here"
                          for key, value in self.settings.items() if there[key] != value]
             if differing:
                 raise UserError(f"{path} is of another run: {', '.join(differing)}; give the same, "
                                 "or leave out --resume")
-            done = check_number(path, "done", int(metadata["done"]), 1, self.settings["steps"],
-                                whole=True)
-            tensors = {}
+            done = int(metadata["done"])
             for name, p in self.gates.named_parameters():
-                for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
-                    t = tensors[key] = file.get_tensor(key).to(p.device, copy=True)
-                    if t.shape != p.shape or t.dtype != p.dtype:
-                        raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, not {p.dtype} "
-                                         f"{tuple(p.shape)}")
-        for name, p in self.gates.named_parameters():
-            p.copy_(tensors[name])
-            state = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
-            self.optimizer.state[p] = dict(state, step=torch.tensor(float(done)))
-        self.saved = done
+                p.copy_(file.get_tensor(name))
+                state = self.optimizer.state[p] = dict(step=torch.tensor(float(done)))
+                for moment in MOMENTS:
+                    state[moment] = file.get_tensor(f"{name}.{moment}").to(p.device, copy=True)
         return done
 
-    def start_log(self, done):
-        """Begin the log. A resumed run drops the lines after step `done`: it writes them again."""
-        lines = []
-        if done and os.path.exists(self.log_path):
-            lines = read_text(self.log_path, most=None).splitlines(keepends=True)
-        write_text(self.log_path, "".join(lines[:done]))
+    @contextlib.contextmanager
+    def locked_log(self, done):
+        """Begin the log, and keep other trainings out: two would spoil each other's files.
+
+        A resumed run drops the lines after step `done`: it writes them again. The system ends a
+        lock together with its process, so a killed run leaves none behind.
+        """
+        with open(self.log_path, "a+", encoding="utf-8") as file:
+            lock(file, self.out)
+            file.seek(0)
+            for _ in range(done):
+                file.readline()
+            file.truncate(file.tell())
+            yield
 
     def log(self, figures):
-        """Append a line to the log, and those that the disk had no room for before."""
-        self.unlogged.append(json.dumps(figures) + "\n")
-        try:
-            append_whole(self.log_path, "".join(self.unlogged))
-            self.unlogged = []
-        except OSError as e:
-            self.remark(f"{self.log_path} cannot be written: {reason(e)}")
-
-    def write_gates(self, out, model, done, config):
-        """Write OUT. If that fails, say from where the run can be continued."""
-        self.gates.eval().requires_grad_(False)
-        try:
-            self.gates.save(out, model, config.lam, json.dumps(asdict(config)))
-        except UserError as e:
-            state = "and no state of the run was saved"
-            if self.saved:
-                state = (f"but {self.resume_path} has the run after step {self.saved}: make room, "
-                         "then give the same command with --resume")
-            raise UserError(f"{e}, {state}") from None
-
-    def remove_resume(self):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.resume_path)
+        """Append a line to the log."""
+        with reading(self.log_path, "written"), open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
 
 
-def append_whole(path, text):
-    """Append to a file: all of the text or, where the disk is full, nothing of it."""
-    data = text.encode()
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(data) < len(data):            # unbuffered: a full disk takes what it can
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextlib.contextmanager
-def training_lock(out):
-    """UserError if another process is training OUT: the two would spoil each other's files.
-
-    The system ends a lock together with its process. So a killed run may leave the file OUT.lock
-    behind, but not the lock.
-    """
-    rank, _ = rank_and_world_size()
+def lock(file, out):
+    """UserError if another process has locked this file of OUT."""
     try:
         import fcntl
-    except ImportError:                     # Windows
-        fcntl = None
-    if rank > 0 or fcntl is None:
-        yield
-        return
-    path = f"{out}.lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another training is writing {out}: wait for it, or give another "
-                            "--out") from None
-        except OSError as e:                # some network file systems have no locks
-            say(f"{path}: {reason(e)}: see to it that no other training writes {out}")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training is writing {out}: wait for it, or give another "
+                        "--out") from None
+    except (ImportError, OSError):
+        pass                                # Windows and some network file systems have no locks
 
 
 # ------------------------------------------------------------------------ validation and evaluation
@@ -889,11 +726,11 @@ def validate(model, gates, make_sample, config):
 
 
 def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: None):
-    """Free greedy answers to the questions of documents.
+    """Greedy answers to the questions of documents.
 
     Returns ([score of each answer, 0 to 1], share of a dense cache that is kept after the bodies).
-    make_kv(documents of a batch) makes an empty cache. Each body is read once; every question then
-    continues from a copy of its cache.
+    make_kv(documents of a batch) makes an empty cache. Each body is prefilled once; every question
+    then continues from a copy of its cache.
     """
     scores = []
     kept = 0
@@ -920,11 +757,11 @@ def answer(model, text, kv, asked):
     hidden = prefill(model, kv, [text.encode(question, begin=False) for question, _ in asked])
     # As long as the right answers, whose last token is the end token: control=True.
     lengths = [len(text.encode(right, begin=False, control=True)) for _, right in asked]
-    return write_texts(model, text, kv, hidden, max(lengths))
+    return [text.decode(ids) for ids in write(model, text, kv, hidden, max(lengths))]
 
 
 def final_table(model, text, gates, args, config):
-    """Recall of hidden facts with the full cache, with the gates, and with the window only."""
+    """Recall of hidden facts with full attention, the gates, or only the sliding window."""
     rng = random.Random(f"{config.seed}/final")
     length = min(config.seq_len)
     if args.data:
@@ -938,7 +775,7 @@ def final_table(model, text, gates, args, config):
     caches = {
         "full attention": lambda group: DenseCache(model, len(group)),
         "gated": lambda group: DualCache(model, gates, len(group)),
-        "window only": lambda group: DualCache(model, nothing, len(group), gates.window),
+        "sliding window": lambda group: DualCache(model, nothing, len(group), gates.window),
     }
     count = sum(len(document.questions) for document in documents)
     print(f"facts recalled, {count} questions in documents of {length:,} tokens "
@@ -967,9 +804,6 @@ def parse(argv):
                        help="continue the run whose state is in OUT.resume")
     group.add_argument("--save-every", type=whole(1), default=50, metavar="N",
                        help="write OUT.resume every N steps (default: 50)")
-    group.add_argument("--recall", action="store_true",
-                       help="end with the table of recalled facts also after training on plain "
-                            "text, for a model that may not know how to answer")
     group.add_argument("--convert", metavar="FILE.pt",
                        help="do not train: convert these official gates to OUT")
     args = parser.parse_args(argv)
@@ -1075,7 +909,6 @@ def convert(args):
 
 def run(args, config):
     """One training from beginning to end. Returns the exit status."""
-    started = time.time()
     documents = read_documents(args.data) if args.data else []
     text = Text(args.model)
     model = load_model(args)
@@ -1089,34 +922,36 @@ def run(args, config):
     gates = Gates.for_model(model, window=config.window, tau=config.tau, expansion=config.expansion)
     optimizer = torch.optim.AdamW(gates.parameters(), config.lr, weight_decay=config.weight_decay)
     files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
-    resuming = args.resume and os.path.lexists(files.resume_path)
-    done = files.load() if resuming else 0
+    state_exists = os.path.lexists(files.resume_path)
+    done = files.load() if args.resume and state_exists else 0
     micro_batches, estimate = plan_micro_batches(model, gates, config)
     make_sample, make_held_out = make_samples(args.data, documents, config, model, text)
 
-    # Nothing is printed earlier: a mistake should be one line.
     say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
     if max(config.seq_len) > positions:
         say(f"warning: --seq-len {max(config.seq_len)}, and {args.model} was trained for "
             f"{positions:,} positions")
-    if resuming:
+    if args.resume:
         say(f"{files.resume_path}: continuing after step {done}")
-    elif args.resume:
-        say(f"{files.resume_path} is not there: beginning at step 1")
-    elif os.path.exists(files.resume_path):
+    elif state_exists:
         say(f"{files.resume_path} is there, from a run that was not completed: it will be "
             "overwritten (--resume would continue it)")
 
-    is_first = rank_and_world_size()[0] == 0
-    if is_first:
-        files.start_log(done)
-    done, why = train(model, gates, optimizer, Samples(make_sample, config), config, done,
-                      micro_batches, log=files.log if is_first else None,
-                      save=files.save if is_first else None, save_every=args.save_every)
-    if is_first:
-        return finish(args, config, model, text, files, make_held_out, done, why,
-                      time.time() - started)
-    return {None: 0, "interrupted": 130}.get(why, 2)
+    samples = Samples(make_sample, config)
+    if rank_and_world_size()[0] > 0:        # only the first process writes files
+        _, why = train(model, gates, optimizer, samples, config, done, micro_batches)
+        return 130 if why == "interrupted" else 0
+    with files.locked_log(done):
+        done, why = train(model, gates, optimizer, samples, config, done, micro_batches, files.log,
+                          files.save, args.save_every)
+        write_gates(args, config, model, files, done, why)
+        if why == "interrupted":
+            return 130
+        files.log(dict(validation=validate(model, gates, make_held_out, config)))
+        os.unlink(files.resume_path)
+    if config.tasks or not args.data or is_bundled(args):
+        final_table(model, text, gates, args, config)
+    return 0
 
 
 def run_settings(config, model, documents):
@@ -1126,27 +961,24 @@ def run_settings(config, model, documents):
                 dtype=str(model.dtype), data=data)
 
 
-def finish(args, config, model, text, files, make_held_out, done, why, seconds):
-    """After the last step: write the gates, then measure them. Returns the exit status."""
-    if why is None:
-        # First the state of the run: if there is no room for the gates, it can be resumed.
-        files.save(done)
+def write_gates(args, config, model, files, done, why):
+    """Write OUT and say so. UserError if there is no room for it, or if a step failed."""
     if done:
-        files.write_gates(args.out, model, done, config)
-    if why == "interrupted":
-        say(f"\ninterrupted: {args.out} has the gates after step {done}; --resume continues there")
-        return 130
-    if why:
-        written = f"{args.out} has the gates after step {done}; " if done else ""
-        raise UserError(f"{why}; {written}a lower --lr than {config.lr} may help")
-
-    command = shlex.join(["python", "generate.py", "--model", args.model, "--gates", args.out])
-    say(f"{args.out} written after {seconds:.0f} s; try: {command}")
-    files.log(dict(validation=validate(model, files.gates, make_held_out, config)))
-    files.remove_resume()
-    if args.recall or config.tasks or not args.data or is_bundled(args):
-        final_table(model, text, files.gates, args, config)
-    return 0
+        try:
+            files.gates.eval().requires_grad_(False)
+            files.gates.save(args.out, model, config.lam, json.dumps(asdict(config)))
+        except UserError as e:
+            raise UserError(f"{e}; make room, then --resume continues from {files.resume_path}"
+                            ) from None
+    written = f"{args.out} has the gates after step {done}"
+    if why is None:
+        command = shlex.join(["python", "generate.py", "--model", args.model, "--gates", args.out])
+        say(f"{written}; try: {command}")
+    elif why == "interrupted":
+        say(f"\ninterrupted: {written}; --resume continues there")
+    else:
+        raise UserError(f"{why}; {written + '; ' if done else ''}a lower --lr than {config.lr} may "
+                        "help")
 
 
 def main(argv=None):
@@ -1154,7 +986,7 @@ def main(argv=None):
     if args.convert:
         convert(args)
         return 0
-    with process_group(args), training_lock(args.out):
+    with process_group(args):
         return run(args, config)
 
 
