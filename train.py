@@ -211,6 +211,7 @@ def text_samples(documents, head):
 
     documents: int tensors of ids. Every stretch of the right length has the same probability,
     whichever document it is in. Documents are never joined; those that are too short are skipped.
+    If all are (held-out ones can be), a sample is the whole of the longest.
     """
     longest = max(len(document) for document in documents)
 
