@@ -25,7 +25,7 @@ Triton's interpreter, and the tests of half precision are skipped.
 
     Bytes
     kept bytes are right, pages hold what was promoted      bytes_and_positions
-    what is reserved stays near what is kept                reserved_stays_near, grows_twice
+    what is reserved stays near what is kept                reserved_stays_near
     the dense baseline is causal attention                  dense_cache
 
     Gates and gate files
@@ -639,32 +639,18 @@ def test_bytes_and_positions(gpu):
 
 
 @pytest.mark.parametrize("told", (False, True))
-@pytest.mark.parametrize("share", (0.1, 0.5, 1))
-def test_reserved_stays_near_kept(share, told, gpu):
-    """A pool that doubles wastes half. One that is told the prompt's length grows early."""
+@pytest.mark.parametrize("every", (1, 2, 10))
+def test_reserved_stays_near_kept(every, told, gpu, monkeypatch):
+    """A pool that doubles wastes half. One that knows the prompt's length grows early, and twice.
+
+    Once for the first chunk, and once for all that follow: to grow, it must copy itself.
+    """
     S = 6000
     chunk = 448
     slot = 2 * (8 * 4 * 2 + 8)                      # the bytes of a token in both heads
-    qkv = random_qkv(1, 1, 2, S, 1, 8)
-    cache = DualCache(bare(1, 2, 8), RandomAdmission(share), window=64)
-    if told:
-        cache.expect(S)
-    for _ in range(S // chunk):
-        feed(cache, qkv, [[chunk]])
-        kept = cache.kept_bytes()
-        reserved = cache.reserved_bytes()
-        bound = kept + 0.15 * (kept - 64 * slot) + (chunk + P) * slot       # P: page 0 and tables
-        assert kept <= reserved
-        assert told or reserved <= bound
-    assert reserved <= bound
-
-
-def test_an_expected_prompt_grows_the_pool_twice(gpu, monkeypatch):
-    """Once for the first chunk, once for all that follows: a growing pool copies itself."""
-    S = 6000
     g = torch.zeros(1, 1, 2, S)
-    g[:, :, 0, ::10] = 1                    # one head admits a tenth, evenly, the other a half
-    g[:, :, 1, ::2] = 1
+    g[..., ::every] = 1
+    qkv = random_qkv(1, 1, 2, S, 1, 8)
     cache = DualCache(bare(1, 2, 8), Replay(g, 8))
     growths = []
     grow = PagePool.grow
@@ -674,9 +660,17 @@ def test_an_expected_prompt_grows_the_pool_twice(gpu, monkeypatch):
         grow(self, pages)
 
     monkeypatch.setattr(PagePool, "grow", counted)
-    cache.expect(S)
-    feed(cache, random_qkv(1, 1, 2, S, 1, 8), [[500]] * (S // 500))
-    assert len(growths) <= 2, f"grew by {growths} pages"
+    if told:
+        cache.expect(S)
+    for _ in range(S // chunk):
+        feed(cache, qkv, [[chunk]])
+        kept = cache.kept_bytes()
+        reserved = cache.reserved_bytes()
+        bound = kept + 0.15 * (kept - P * slot) + (chunk + P) * slot        # P: page 0 and tables
+        assert kept <= reserved
+        assert told or reserved <= bound
+    assert reserved <= bound
+    assert not told or len(growths) <= 2, f"grew by {growths} pages"
 
 
 def test_dense_cache(gpu):
@@ -732,7 +726,7 @@ def test_gates_by_the_formula(expansion):
 
 
 def test_gate_files(tmp_path, capsys):
-    """Faults: a hash that is unfair, or repeats itself over heads, layers or seeds."""
+    """A file comes back whole. Faults: others' gates, or broken ones, taken in silence."""
     model = small_llama()
     sibling = small_llama(1)
     sibling.name = "the-sibling"
@@ -876,7 +870,7 @@ def test_broken_official_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("share", (0.0, 0.25, 1.0))
 def test_random_admission(share):
-    """Faults: a hash that is unfair, that repeats itself over heads, layers or seeds, or varies."""
+    """Faults: a hash that is unfair, or that repeats itself over heads, layers or seeds."""
     S = 100_000
     positions = torch.arange(S)[None]
     k = torch.empty(2, 3, S, 1)
@@ -969,13 +963,10 @@ def test_soft_gradients(soft, T, W, G, D):
     same_gradients(soft_gradients(soft, *x, W), want)
 
 
-def test_soft_gates_open_closed_and_mixed(soft):
-    """g = 1 is plain attention; g = 0 is the window alone, no NaN, and no gradient for the gate."""
+def test_soft_gates_closed_and_mixed(soft):
+    """A gate of 0 hides its key outside the window: no NaN, and no gradient for the gate."""
     torch.manual_seed(2)
     q, k, v, log_g, do = soft_inputs(1, 2, 2, 130, 24)
-    is_open = torch.zeros_like(log_g)
-    want = soft_gradients(causal_attention, q, k, v, is_open, do, 16, torch.float64)
-    same_gradients(soft_gradients(soft, q, k, v, is_open, do, 16)[:4], want[:4])
     closed = torch.full_like(log_g, -math.inf)
     mixed = log_g.masked_fill(torch.rand_like(log_g) < 0.5, -math.inf)
     for shut in (closed, mixed):
@@ -1270,11 +1261,9 @@ def test_running_ahead_changes_nothing(kind, gpu):
         steps.append(ids.tolist())
         ids = model.logits(model(ids[:, None], kv)[:, 0]).argmax(-1)
 
-    # For each of two sequences, the token that it says for the first time as late as possible ends
-    # it. The third goes on.
-    columns = list(zip(*steps))
-    early = set(sum(steps[:3], []))
-    end = {max(set(column) - early, key=column.index, default=-1) for column in columns[:2]}
+    # The end token: of the first sequence's 40 ids, the one that it says last for the first time.
+    first = [ids[0] for ids in steps[:40]]
+    end = {max(first, key=first.index)}
     want = []
     ended = [False] * 3
     for ids in steps:
