@@ -9,78 +9,138 @@
 
 The answer goes to stdout while it is made, everything else to stderr.
 
-In this order: text and tokens, prefill, decode, the page of --show-kept, the program. To read the
-loop that every language model runs, start at `prefill` and `decode`.
+The file is in the order of a run: text in, tokens, prefill, decode, text out, report, options.
+Three passages say "skip at first reading". The loop that every language model runs is in `prefill`
+and `decode`.
 """
-import argparse
 import base64
-import codecs
 import contextlib
-import datetime
 import functools
 import json
 import os
 import re
 import secrets
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer
 
 from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
                     drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    quoted, read_json, read_text, reading, real, run_program, say, whole,
-                    write_text)
+                    read_json, read_text, reading, real, run_program, say, whole, write_text)
 from model import Llama, find_folder
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission
 
-# Strings with a random number in them: no text contains one, not even a text written to attack us.
+
+# ----------------------------------------------------------------------------------------- text in
+
+def read_prompt(name):
+    """The text of a file, or of standard input for "-", without the line ends at its end."""
+    with reading(f"--prompt {name}", "read as UTF-8 text"):
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode("utf-8-sig").rstrip("\r\n")          # without a byte-order mark
+    if not text.strip():
+        raise UserError(f"--prompt {name} is empty: a prompt needs some text")
+    return text
+
+
+def typed_lines():
+    """The lines of standard input that say something, each as soon as it is typed."""
+    while True:
+        if sys.stdin.isatty():
+            say("> ", end="")
+        line = sys.stdin.buffer.readline()
+        if not line:                                            # the end: Ctrl-D
+            return
+        try:
+            text = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            say("this line is not UTF-8 text, so it was left out")
+            continue
+        if text:
+            yield text
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+# A random number. No text contains it, not even a text written to attack us.
 SECRET = secrets.token_hex(16)
-USER = f"user{SECRET}"              # stands for the user's text while a chat template is rendered,
-REPLY = f"reply{SECRET}"            # for a reply that is in the cache already,
-PAST = f"past{SECRET}"              # and for an earlier text of the user's
 
-BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)       # <think>, [INST], <|im_start|>
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# What stands in a chat template for the user's text, for an earlier one, and for a reply.
+USER, PAST, REPLY = f"user{SECRET}", f"past{SECRET}", f"reply{SECRET}"
 
+BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)               # <think>, [INST], <|im_start|>
 
-# --------------------------------------------------------------------------------- text and tokens
 
 class Text:
     """The text side of a model's folder: its tokenizer, end tokens and chat template.
 
-    A tokenizer turns a string like "<|end|>" into a control token wherever it stands. In a user's
-    text it must not: a document could forge the turns of a chat. So there are two tokenizers here,
-
-        self.tokenizer    the folder's own
-        self.plain        the same, except that each control token has a secret name
-
-    and we encode with the second. Where we want a control token, we write its secret name. With
-    one call for a whole text, no token boundary changes: a text without such strings gets exactly
-    the ids that self.tokenizer gives.
+        text = Text("tiny")
+        text.encode("Once upon")        [0, 48, 1700, 605]      0 is the begin token <|begin|>
+        text.decode([48, 1700, 605])    "Once upon"
+        text.end                        {1}                     the ids that end an answer
+        text.turn("Who was it?")        the ids of a turn in a chat
     """
 
     def __init__(self, path):
         self.folder = find_folder(path)
-        self.file = os.path.join(self.folder, "tokenizer.json")
-        self.tokenizer = load_tokenizer(self.folder, self.file)
+        self.tokenizer, self.file = load_tokenizer(self.folder)
         with reading(self.file, "used as a tokenizer"):
-            self.begin = begin_tokens(self.tokenizer)
+            # The begin token, if there is one, is what the post-processor puts before a text.
+            probe = self.tokenizer.encode("a")
+            self.begin = probe.ids[:probe.special_tokens_mask.index(0)]
             self.hide_control_tokens()
         self.end = end_tokens(self.folder)
-        # Byte-level tokenizers (Llama 3, Qwen) spell every token in letters that stand for bytes.
-        self.byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+
+    def encode(self, text, begin=True, control=False):
+        """The token ids of a text. Strings like "<|end|>" in it are text.
+
+        begin:    put the begin token first, if the tokenizer asks for one and it is not there yet
+        control:  strings like "<|end|>" are control tokens: for texts that no user has written
+        """
+        if control:
+            text = self.with_secret_names(text)
+        with reading(self.file, "used on this text"):           # for instance a lone surrogate
+            ids = self.plain.encode(text, add_special_tokens=False).ids
+        for name in self.names:
+            # Unigram models have </s> in the vocabulary itself, where we cannot hide it.
+            if name in text and self.plain.token_to_id(name) in ids:
+                raise UserError(f"{self.file} cannot encode {name} as text: it always becomes the "
+                                "control token")
+        ids = [self.own_ids.get(token, token) for token in ids]
+        if begin and ids[:len(self.begin)] != self.begin:       # some chat templates print it
+            ids = self.begin + ids
+        return ids
+
+    def decode(self, ids):
+        """The text of ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # ------------------------------------------------- text is text (skip at first reading)
+    #
+    # A tokenizer turns the string "<|end|>" into its control token wherever it stands. In a user's
+    # text it must not: a document could end a turn of the chat and forge the next one. So we encode
+    # with a copy of the tokenizer, `plain`, where each control token has a secret name. With the
+    # bundled model (66 is "a", 1 is <|end|>) and the secret 7f3c:
+    #
+    #     text            tokenizer     plain
+    #     "a<|end|>"      [66, 1]       [66, 29, 93, 602, 93, 31]     a < | end | >
+    #     "a<7f3c:1>"     text          [66, 1]
+    #
+    # Where we want a control token, we write its secret name. A text without control tokens gets
+    # the same ids from both, because it is still encoded in one piece.
 
     def hide_control_tokens(self):
-        """Make self.plain, the secret `names` of control tokens, and what `plain`'s ids mean."""
-        self.plain = Tokenizer(self.tokenizer.model)        # shares the vocabulary
+        """Make `plain`, the secret `names` of control tokens, and what `plain`'s ids mean."""
+        self.plain = Tokenizer(self.tokenizer.model)            # shares the vocabulary
         self.plain.normalizer = self.tokenizer.normalizer
         self.plain.pre_tokenizer = self.tokenizer.pre_tokenizer
         self.special = set()        # ids that decode leaves out
         self.names = {}             # "<|end|>" -> its secret name
-        self.own_ids = {}           # id in self.plain -> id in self.tokenizer, where they differ
+        self.own_ids = {}           # id in plain -> id in tokenizer, where they differ
         for token_id, token in sorted(self.tokenizer.get_added_tokens_decoder().items()):
             name = token.content
             if token.special:
@@ -95,103 +155,61 @@ class Text:
                 name, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
                 normalized=token.normalized and not control)])
             self.own_ids[self.plain.token_to_id(name)] = token_id
-        # Control tokens that the vocabulary itself can spell, which is rare (Unigram models).
-        self.spelled = {self.plain.token_to_id(string): string for string in self.names}
-        self.spelled.pop(None, None)
         # At one place the longest control token counts, as in the tokenizer. (?!) matches nothing.
         longest_first = sorted(self.names, key=len, reverse=True)
         self.control_strings = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def encode(self, text, begin=True, control=False):
-        """The token ids of a text. Strings like "<|end|>" in it are text.
-
-        begin:    put the begin token first that the tokenizer asks for
-        control:  strings like "<|end|>" are control tokens: for texts that no user has written
-        """
-        if control:
-            text = self.with_names(text)
-        ids = self.encode_named(text)
-        return self.with_begin(ids) if begin else ids
-
-    def with_begin(self, ids):
-        """ids after one begin token, if the tokenizer asks for it: some templates print it too."""
-        if ids[:len(self.begin)] == self.begin:
-            return ids
-        return self.begin + ids
-
-    def with_names(self, text):
-        """text with each control token under its secret name, so that `plain` recognises it."""
+    def with_secret_names(self, text):
+        """text with each control token under its secret name, so that `plain` recognizes it."""
         return self.control_strings.sub(lambda found: self.names[found[0]], text)
 
-    def encode_named(self, text):
-        """The token ids of a text in which control tokens stand under their secret names."""
-        with reading(self.file, "used on this text"):       # for instance a lone surrogate
-            ids = self.plain.encode(text, add_special_tokens=False).ids
-        for token in self.spelled.keys() & set(ids):
-            if self.spelled[token] in text:
-                raise UserError(f"{self.file} cannot encode {self.spelled[token]} as text: it "
-                                "always becomes the control token")
-        return [self.own_ids.get(token, token) for token in ids]
+    # ----------------------------------------------------------- chat turns (skip at first reading)
+    #
+    # A chat template prints a whole conversation. The cache holds the conversation already, so a
+    # further turn is only what the template adds, and we must find where that begins. Looking for
+    # the reply in the text would fail: a user may repeat it, and some templates drop a reply's
+    # thoughts. Instead we render marks that stand nowhere else. For the line "Why?" after a reply:
+    #
+    #     rendered    <|user|>PAST<|end|><|assistant|>REPLY<|end|><|user|>USER<|end|><|assistant|>
+    #     the turn                                         <|end|><|user|>Why?<|end|><|assistant|>
+    #
+    # What follows REPLY is the turn. There the template's control tokens get their secret names,
+    # and only then the user's text takes the place of USER.
 
-    def decode(self, ids):
-        """The text of ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def turn(self, content, replies=0, last=None):
+        """The ids of a user's turn, up to where the model's reply begins.
 
-    def shown(self, token):
-        """The string of a token in the vocabulary, or None if decode leaves that token out."""
-        if token in self.special:
-            return None
-        return self.tokenizer.id_to_token(token)
+        replies: how many replies came before; after none, the turn is the whole conversation.
+        last: the last id of the reply before this turn, which is not in the cache yet.
+        """
+        text = self.insert(content, replies)
+        if last is None:
+            return self.encode(text)
+        # A reply that the model has ended is not ended twice: the template's end token stands for
+        # the model's own, together with what the template prints before it (Llama 2: a space).
+        ids = self.encode(text.lstrip(), begin=False)
+        if last in self.end and self.end.intersection(ids[:1]):
+            return ids
+        return [last] + self.encode(text, begin=False)
 
-    def is_byte(self, token):
-        """Is it a byte of byte fallback, like <0xE2>?"""
-        return BYTE_TOKEN.fullmatch(self.shown(token) or "") is not None
+    def insert(self, content, replies):
+        """The text of a user's turn, with secret names for the template's own control tokens."""
+        core = content.strip()      # the spaces around it stay: the template may trim them
+        marked = self.render_turn(content.replace(core, USER, 1), replies)
+        if marked.replace(USER, core) != self.render_turn(content, replies):
+            raise UserError(f"{self.folder}: the chat template changes the text it is given: we "
+                            "cannot tell the text's strings from its own control tokens")
+        return self.with_secret_names(marked).replace(USER, core)
 
-    def pieces(self, ids):
-        """The text of each token, for a picture. What several tokens spell goes to the last one."""
-        stream = TextStream(self)
-        pieces = []
-        for i, token in enumerate(ids):
-            piece = stream.push(token)
-            if token in self.special:
-                piece = self.tokenizer.id_to_token(token)
-            run_ends = i + 1 == len(ids) or not self.is_byte(ids[i + 1])
-            if self.is_byte(token) and run_ends:
-                piece += stream.flush()
-            pieces.append(piece)
-        pieces[-1] += stream.flush()
-        return pieces
-
-    # ------------------------------------------------------------------------------ chat templates
-
-    @functools.cached_property
-    def template(self):
-        """The folder's chat template, compiled, with the special tokens that it may print."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment    # it is code from the folder
-        settings = read_json(os.path.join(self.folder, "tokenizer_config.json"), required=False)
-        source = settings.get("chat_template")
-        if isinstance(source, list):        # several, by name
-            named = [entry for entry in source if isinstance(entry, dict)]
-            source = [entry.get("template") for entry in named if entry.get("name") == "default"]
-            source = source[0] if source else None
-        file = os.path.join(self.folder, "chat_template.jinja")
-        if os.path.lexists(file):
-            source = read_text(file)
-        if not isinstance(source, str) or not source:
-            raise UserError(f"{self.folder} has no chat template, neither chat_template.jinja nor "
-                            "one in tokenizer_config.json")
-        # The environment that transformers gives to templates.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = settings.get(name)
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                environment.globals[name] = token
-        with reading(f"{self.folder}: the chat template", "compiled"):
-            return environment.from_string(source)
+    def render_turn(self, content, replies):
+        """What a user's turn adds to the rendered text of a conversation with so many replies."""
+        messages = [dict(role="user", content=PAST), dict(role="assistant", content=REPLY)]
+        text = self.chat([*messages * replies, dict(role="user", content=content)])
+        before, reply, added = text.rpartition(REPLY)
+        if replies and not reply:
+            raise UserError(f"{self.folder}: the chat template does not print the replies it is "
+                            "given, so a chat cannot go on after the first one")
+        return added
 
     def chat(self, messages):
         """A conversation as text, up to where the model's next reply begins, by the template."""
@@ -204,86 +222,58 @@ class Text:
                 parts.append(part)
                 size += len(part)
                 if size > limit:
-                    raise UserError(f"{self.folder}: the chat template prints more than {limit:,} "
-                                    "characters")
+                    raise ValueError(f"it prints more than {limit:,} characters")
         return "".join(parts)
 
-    def turn(self, content, replies=0, last=None):
-        """The ids of a user's turn in a chat, up to where the model's reply begins.
+    @functools.cached_property
+    def template(self):
+        """The folder's chat template, compiled, with the special tokens that it may print."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment    # it is code from the folder
+        settings = read_json(os.path.join(self.folder, "tokenizer_config.json"), required=False)
+        tokens = {}                             # what the template may print, such as bos_token
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = settings.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                tokens[name] = token
+        source = self.template_source(settings)
+        # The environment that transformers gives to templates.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        with reading(f"{self.folder}: the chat template", "compiled"):
+            return environment.from_string(source, globals=dict(
+                tokens, raise_exception=raise_exception, strftime_now=time.strftime))
 
-        replies: how many replies came before. The first turn is the whole conversation so far. A
-        later one is only what it adds: the conversation is in the cache already, as it was said
-        (a template may render it differently, for instance without a reply's thoughts).
-        last: the last id of the reply before this turn, which is not in the cache yet.
-
-        """
-        text = self.insert(content, replies)
-        if last is None:
-            return self.with_begin(self.encode_named(text))
-        # A reply that the model has ended is not ended twice: the template's end token stands for
-        # the model's own, together with what the template prints before it (Llama 2: a space).
-        ends = [name for string, name in self.names.items()
-                if self.tokenizer.token_to_id(string) in self.end]
-        if last in self.end and text.lstrip().startswith(tuple(ends)):
-            return self.encode_named(text.lstrip())
-        return [last] + self.encode_named(text)
-
-    def insert(self, content, replies):
-        """The text of a user's turn, with secret names for the template's own control tokens only.
-
-        We render the template twice, with the user's text and with a mark in its place. If it only
-        inserts what it is given, we know which part of the result is the user's text.
-        """
-        core = content.strip()      # the spaces around it stay: the template may trim them
-        marked = self.render_turn(content.replace(core, USER, 1), replies)
-        complete = self.render_turn(content, replies)
-        if marked.replace(USER, core) == complete:
-            return self.with_names(marked).replace(USER, core)
-        found = self.control_strings.search(content)
-        if found:
-            raise UserError(f"{self.folder}: the chat template changes the texts it is given, so "
-                            f"they must not contain the control token {found[0]}")
-        return self.with_names(complete)
-
-    def render_turn(self, content, replies):
-        """What a user's turn adds to the rendered text of a conversation with so many replies."""
-        messages = []
-        for _ in range(replies):
-            messages.append({"role": "user", "content": PAST})
-            messages.append({"role": "assistant", "content": REPLY})
-        text = self.chat([*messages, {"role": "user", "content": content}])
-        if replies == 0:
-            return text
-        _, found, added = text.rpartition(REPLY)
-        if not found:
-            raise UserError(f"{self.folder}: the chat template does not print the replies it is "
-                            "given, so a chat cannot go on after the first one")
-        return added
+    def template_source(self, settings):
+        """The chat template from its own file, or from tokenizer_config.json."""
+        file = os.path.join(self.folder, "chat_template.jinja")
+        if os.path.lexists(file):
+            return read_text(file)
+        source = settings.get("chat_template")
+        if isinstance(source, list):            # several, by name
+            default = [entry.get("template") for entry in source
+                       if isinstance(entry, dict) and entry.get("name") == "default"]
+            source = default[0] if default else None
+        if not isinstance(source, str) or not source:
+            raise UserError(f"{self.folder} has no chat template, neither chat_template.jinja nor "
+                            "one in tokenizer_config.json")
+        return source
 
 
-def load_tokenizer(folder, file):
-    """The Tokenizer in a folder's tokenizer.json, without the truncation saved with some."""
+def load_tokenizer(folder):
+    """(Tokenizer, its file): a folder's tokenizer.json, without the truncation saved with some."""
+    file = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(file) and os.path.exists(os.path.join(folder, "tokenizer.model")):
         raise UserError(
             f"{folder} has tokenizer.model but no tokenizer.json; to convert it: python -c \"from "
             f"transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
             f".save_pretrained('{folder}')\"")
-    read_json(file)         # a clear error if it is absent or broken
     with reading(file, "read as a tokenizer"):
-        tokenizer = Tokenizer.from_file(file)
+        tokenizer = Tokenizer.from_str(read_text(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
-
-
-def begin_tokens(tokenizer):
-    """What the tokenizer's post-processor puts before a text: a begin token, or nothing."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
-    for start in range(len(full)):
-        if full[start:start + len(bare)] == bare:
-            return full[:start]
-    return []
+    return tokenizer, file
 
 
 def end_tokens(folder):
@@ -306,102 +296,26 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def strftime_now(pattern):
-    """What a chat template calls to print the date."""
-    return datetime.datetime.now().strftime(pattern)
-
-
-# ----------------------------------------------------------------------------------- streamed text
-
-class TextStream:
-    """Text out of a growing list of ids: `push` returns what no later token can change.
-
-    Together the pieces are exactly text.decode(ids). The difficulty is a character in several
-    tokens, of which there are two kinds:
-
-        byte-level     every token is some bytes. They go through an incremental UTF-8 decoder.
-        byte-fallback  (Llama 2, Mistral) a rare character is a run of tokens like <0xE2>. A single
-                       bad byte makes the whole run unreadable, so we wait until the run ends.
-
-    context: the ids before. If there are any, the stream is not the beginning of a text, and a
-    first space stays, which these decoders drop at a beginning. So it gives what decode(context +
-    ids) adds to decode(context).
-    """
-
-    def __init__(self, text, context=()):
-        self.text = text
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.waiting = []           # ids whose text was not returned yet (byte fallback)
-        self.before = []            # the last token with a text of its own: enough of a context
-        for token in reversed(context):
-            if text.shown(token) is not None and not text.is_byte(token):
-                self.before = [token]
-                break
-
-    def push(self, token):
-        """Add a token; return the text that is now certain, often that of the token."""
-        letters = self.text.shown(token)
-        if letters is None:
-            return ""
-        if self.text.byte_level:
-            return self.utf8.decode(token_bytes(letters))
-        self.waiting.append(token)
-        if self.text.is_byte(token):
-            return ""
-        return self.take()
-
-    def take(self):
-        """Return the text of the waiting tokens."""
-        new = self.text.decode(self.before + self.waiting)[len(self.text.decode(self.before)):]
-        self.before = self.waiting[-1:] or self.before
-        self.waiting = []
-        return new
-
-    def flush(self):
-        """Return the rest: half a character comes out as the replacement character."""
-        return self.utf8.decode(b"", final=True) + self.take()
-
-
-def byte_letters():
-    """The alphabet of byte-level BPE: {letter: byte}.
-
-    A printable byte is its own letter, the others are U+0100, U+0101, ... in turn: a space, the
-    33rd of them, is U+0120.
-    """
-    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other_bytes = [byte for byte in range(256) if byte not in printable_bytes]
-    letters = {chr(byte): byte for byte in printable_bytes}
-    for n, byte in enumerate(other_bytes):
-        letters[chr(256 + n)] = byte
-    return letters
-
-
-BYTE_LETTERS = byte_letters()
-
-
-def token_bytes(letters):
-    """The bytes of a token of a byte-level vocabulary; an added token is written in plain text."""
-    if all(letter in BYTE_LETTERS for letter in letters):
-        return bytes(BYTE_LETTERS[letter] for letter in letters)
-    return letters.encode()
-
-
-# ------------------------------------------------------------------------------ prefill and decode
+# ----------------------------------------------------------------------------------------- prefill
 
 @torch.no_grad()
-def prefill(model, kv, prompts, chunk=4096, progress=lambda tokens: None):
+def prefill(model, kv, prompts, chunk=4096, advance=lambda tokens: None):
     """Read prompts, B lists of ids, into the cache.
 
     Returns the hidden state (B, hidden_size) of each prompt's last token. A long prompt goes
     through the model in chunks, so that activations stay small. Shorter prompts are padded.
+    advance: called after each chunk with the number of tokens read.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")       # (B,)
     longest = int(lengths.max())
     if int(lengths.min()) < 1:
-        raise ValueError("a prompt needs at least one token")
+        raise UserError("the tokenizer gives no token for a prompt")
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device="cpu")     # (B, longest)
     for b, prompt in enumerate(prompts):
         tokens[b, :len(prompt)] = torch.tensor(prompt)
+    if int(tokens.max()) >= model.config.vocab_size:
+        raise UserError(f"the tokenizer gives the id {int(tokens.max()):,}, but {model.name} has "
+                        f"a vocabulary of {model.config.vocab_size:,}")
     padded = bool((lengths < longest).any())
 
     # The cache can grow once, now, rather than copy itself again and again.
@@ -420,11 +334,14 @@ def prefill(model, kv, prompts, chunk=4096, progress=lambda tokens: None):
             last = ends_here                                            # (B, hidden_size)
         else:
             last = torch.where((valid > 0)[:, None], ends_here, last)
-        progress(int(counts.sum()))
+        advance(int(counts.sum()))
     return last
 
 
+# ------------------------------------------------------------------------------------------ decode
+
 LAG = 3                 # decode steps that the host starts before it reads the token of the first
+STRETCH = 1024          # steps on a GPU between two requests for memory
 FEW_STEPS = 8           # up to so many, capturing a CUDA graph costs more than it saves
 
 
@@ -444,11 +361,15 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     pending = [HostCopy(loop.token)]        # ids on their way to the host, oldest first
     ended = [False] * len(hidden)
     started = 0
-    # A CPU can make room step by step; set aside at once, `steps` may be more than memory holds.
-    room = kv.reserve(steps) if kv.capturable else contextlib.nullcontext()
-    with room:
+    with contextlib.ExitStack() as room:
         while pending or started < steps - 1:
             while started < steps - 1 and len(pending) <= ahead:
+                # On a GPU no step may ask for memory, so we ask before, but not for all steps:
+                # a reply can be much shorter than its limit. A CPU makes room step by step.
+                if kv.capturable and started % STRETCH == 0:
+                    room.close()
+                    room.enter_context(kv.reserve(min(STRETCH, steps - 1 - started)))
+                    loop.start_over()
                 loop.run()
                 pending.append(HostCopy(loop.token))
                 started += 1
@@ -477,15 +398,19 @@ class DecodeStep:
         self.alive = self.no_end()                              # (B,) bool
         self.use_graph = use_graph and kv.capturable
         self.choice_in_graph = choose is None                   # a sampler's state is on the host
-        self.warm = False
+        self.start_over()
+
+    def start_over(self):
+        """Forget the graph: the cache may have moved, and a graph holds addresses."""
         self.graph = None
+        self.warm = False
 
     def no_end(self):
         """Which of the current ids are no end tokens: (B,) bool."""
         return (self.token[:, None] != self.ends).all(dim=1)
 
     def run(self):
-        """Take a step."""
+        """Take a step: the first plainly, because it compiles kernels, the others by the graph."""
         if self.use_graph and self.warm and self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):                  # records, runs nothing
@@ -496,7 +421,7 @@ class DecodeStep:
             self.body()
         if not self.choice_in_graph:
             self.pick()
-        self.warm = True                                        # the first step compiles kernels
+        self.warm = True
 
     def body(self):
         """What the graph holds."""
@@ -534,18 +459,6 @@ class HostCopy:
         return self.ids.tolist()
 
 
-def warm_up(model, kv):
-    """Seconds that a GPU's first use takes: kernels are compiled, on a copy of the cache."""
-    if model.device.type != "cuda":
-        return 0.0
-    start = clock(model.device)
-    copy = kv.clone()
-    hidden = prefill(model, copy, [[0] * 300] * kv.B, chunk=200)
-    for _ in decode(model, copy, hidden, FEW_STEPS + 4):
-        pass
-    return clock(model.device) - start
-
-
 def greedy(logits):
     """The most probable ids (B,) of logits (B, vocab)."""
     return logits.argmax(dim=-1)
@@ -572,182 +485,69 @@ def sampler(temperature, top_p, seed, device):
     return choose
 
 
-# -------------------------------------------------------------------------- the page of --show-kept
+def warm_up(model, kv):
+    """Seconds that a GPU's first use takes: kernels are compiled, on a copy of the cache."""
+    if model.device.type != "cuda":
+        return 0.0
+    start = clock(model.device)
+    copy = kv.clone()
+    hidden = prefill(model, copy, [[0] * 300] * kv.B, chunk=200)
+    for _ in decode(model, copy, hidden, FEW_STEPS + 4):
+        pass
+    return clock(model.device) - start
 
-def kept_page(pieces, admitted, window, tau, title, kept_share):
-    """An HTML page that needs nothing else: each token, coloured by how many heads admitted it.
 
-    pieces: the text of the S tokens. admitted (L, Hkv, S) bool. The page gets that in base64, as S
-    rows of ceil(L * Hkv / 8) bytes: head n of a token, counted layer by layer, is bit n % 8 of
-    byte n // 8.
+# ---------------------------------------------------------------- text out (skip at first reading)
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class TextStream:
+    """Text out of a growing list of ids: `push` returns what no later token can change.
+
+    Together the pieces are exactly text.decode(ids). The difficulty is a character in several
+    tokens. An emoji is the bytes F0 9F 98 80, and a model may write F0 9F 98 first:
+
+        id     waiting     decode(waiting)     push returns
+        501    501         "�"                 ""               half a character: we wait
+        129    501 129     "😀"                 "😀"
+        262    262         " the"              " the"
+
+    continues: other text stands before. Then a first space stays, which some decoders drop at the
+    beginning of a text.
     """
-    by_token = admitted.cpu().flatten(0, 1).T                           # (S, L * Hkv)
-    unused_bits = -by_token.shape[1] % 8
-    bits = F.pad(by_token, (0, unused_bits)).reshape(-1, 8)             # (S * bytes, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1)   # (S * bytes,)
-    data = json.dumps(dict(
-        pieces=pieces, layers=admitted.shape[0], heads=admitted.shape[1], ring=window,
-        bits=base64.b64encode(bytes(packed.tolist())).decode(), tau=tau, title=title,
-        kept_share=kept_share))
-    data = data.replace("<", "\\u003c")         # so that no text can end the script
-    page = (HERE / "assets" / "kept.html").read_text(encoding="utf-8")
-    return page.replace("{{data}}", data)
+
+    def __init__(self, text, continues=False):
+        self.text = text
+        self.waiting = []           # ids whose text was not returned yet
+        self.before = []            # a token of text before those, as a context for decode
+        if continues:
+            self.before = text.encode("a", begin=False)[-1:]
+
+    def push(self, token):
+        """Add a token; return the text that is now certain, often that of the token."""
+        string = self.text.tokenizer.id_to_token(token)
+        if string is None or token in self.text.special:        # decode leaves it out
+            return ""
+        self.waiting.append(token)
+        # Llama 2 and Mistral have a token for each byte, like <0xF0>. A single bad byte makes a
+        # whole run of them unreadable, so nothing is certain before the run ends.
+        if BYTE_TOKEN.fullmatch(string):
+            return ""
+        # A character has at most four bytes, so it is complete if the last four tokens end well.
+        if self.text.decode(self.waiting[-4:]).endswith("\ufffd"):
+            return ""
+        return self.flush()
+
+    def flush(self):
+        """Return the text of the waiting tokens, of half a character the replacement character."""
+        new = self.text.decode(self.before + self.waiting)[len(self.text.decode(self.before)):]
+        self.before = self.waiting[-1:] or self.before
+        self.waiting = []
+        return new
 
 
-# ------------------------------------------------------------------------------------- the program
-
-def parse(argv):
-    """The command line as a Namespace; UserError if it makes no sense."""
-    parser = Parser(description=__doc__.partition("\n\nIn this order")[0])
-    group = parser.add_argument_group("text")
-    group.add_argument("--prompt", nargs="+", metavar="FILE",
-                       help="texts to read, - is standard input (default: tiny/example.txt)")
-    group.add_argument("--chat", action="store_true",
-                       help="put the prompt into the model's chat template")
-    group.add_argument("--interactive", action="store_true",
-                       help="then each line you type is a further turn")
-    model_options(parser)
-    group = parser.add_argument_group("cache")
-    group.add_argument("--gates", metavar="FILE", help="a gate file, or an official .pt (default: "
-                       "gates.safetensors in the model's folder)")
-    group.add_argument("--admit", type=admission_rule, default="gates", metavar="RULE",
-                       help="what is admitted: gates (the default) decide, all, none, or a random "
-                       "share like 0.25")
-    group.add_argument("--tau", type=real(0, 1), metavar="T",
-                       help="admit where a gate is at least T (default: as the gate file says)")
-    group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
-    group.add_argument("--chunk", type=whole(1), default=4096, metavar="N",
-                       help="prefill N tokens at once; fewer need less memory (default: 4096)")
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=whole(1, 10**6), default=128, metavar="N",
-                       help="stop after so many tokens (default: 128)")
-    group.add_argument("--temperature", type=sane_temperature, default=0.0, metavar="T",
-                       help="sample at this temperature (default: 0, always the likeliest token)")
-    group.add_argument("--top-p", type=real(0.001, 1), default=1.0, metavar="P",
-                       help="sample only from the likeliest tokens of this total probability "
-                       "(default: 1, from all)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--show-kept", metavar="FILE.html",
-                       help="write a page that shows which tokens were kept")
-    group.add_argument("--json", action="store_true",
-                       help="end with the figures as one line of JSON on stderr")
-    args = parser.parse_args(argv)
-    refuse_clashes(args)
-    return args
-
-
-def admission_rule(text):
-    """The type of --admit: "gates", or the share of tokens to admit."""
-    if text == "gates":
-        return text
-    shares = {"all": 1.0, "none": 0.0}
-    if text in shares:
-        return shares[text]
-    try:
-        return real(0, 1)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError("should be gates, all, none or a share from 0 to 1, it is "
-                                         f"{quoted(text)}") from None
-
-
-def sane_temperature(text):
-    """The type of --temperature: dividing by almost nothing would give infinite logits."""
-    value = real(0)(text)
-    if 0 < value < 0.01:
-        raise argparse.ArgumentTypeError(f"should be 0 or at least 0.01, it is {quoted(text)}")
-    return value
-
-
-def refuse_clashes(args):
-    """UserError for options that do not go together, before anything slow."""
-    several = args.prompt is not None and len(args.prompt) > 1
-    admission = args.gates is not None or args.admit != "gates" or args.tau is not None
-    if args.interactive and several:
-        raise UserError("--interactive goes with one prompt, not with several")
-    if args.interactive and args.prompt == ["-"]:
-        raise UserError("--interactive reads further turns from standard input, so the prompt "
-                        "cannot come from there")
-    if args.interactive and sys.stdin is None:
-        raise UserError("--interactive reads further turns from standard input, which is closed")
-    if args.show_kept is not None and (several or args.dense):
-        raise UserError("--show-kept goes with one prompt and with the dual cache, not with "
-                        "several prompts or --dense")
-    if args.dense and admission:
-        raise UserError("--dense keeps everything: --gates, --admit and --tau do not go with it")
-    if args.top_p < 1 and args.temperature == 0:
-        raise UserError("--top-p is for sampling, which needs a --temperature above 0")
-    if args.show_kept is not None:
-        check_writable(args.show_kept)
-    if sys.stdout is None:
-        raise UserError("standard output is closed, so there is no place for the answer")
-
-
-def load_model(args):
-    """The Llama that --model, --device and --dtype ask for."""
-    device = pick_device(args.device)
-    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype))
-
-
-def make_admission(args, model):
-    """(admission policy, its gate file or None) for --gates and --admit.
-
-    A random policy takes window and tau from the gate file, if there is one, to be comparable.
-    """
-    file = args.gates
-    if file is None:
-        file = os.path.join(args.model, "gates.safetensors")
-    gates = None
-    if args.gates is not None or os.path.exists(file):
-        gates = Gates.load(file, model)
-    if args.admit != "gates":
-        policy = RandomAdmission(args.admit, args.seed)
-        if gates is not None:
-            policy.window = gates.window
-            policy.tau = gates.tau
-        return policy, None
-    if gates is None:
-        raise UserError(f"{args.model} has no gates.safetensors: name a file with --gates, train "
-                        "one with train.py, or choose --dense or --admit all, none or a share")
-    return gates, file
-
-
-def read_prompt(name):
-    """The text of a file, or of standard input for "-", without the line ends at its end."""
-    if name == "-":
-        name = "standard input"
-        if sys.stdin is None:
-            raise UserError("--prompt -: standard input is closed")
-        with reading(name):
-            data = sys.stdin.buffer.read()
-    else:
-        with reading(f"--prompt {name}"):
-            data = Path(name).read_bytes()      # of any kind: <(command) in a shell is a pipe
-    try:
-        text = data.decode("utf-8-sig").rstrip("\r\n")      # without a byte-order mark
-    except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 text: byte {data[e.start]:#04x} at offset "
-                        f"{e.start:,}") from None
-    if not text.strip():
-        raise UserError(f"{name} is empty: a prompt needs some text")
-    return text
-
-
-def read_line():
-    """The next line from standard input that says something, or None at its end."""
-    while True:
-        if sys.stdin.isatty():
-            say("> ", end="")
-        line = sys.stdin.buffer.readline()
-        if not line:
-            return None
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            say("this line is not UTF-8 text, so it was left out")
-            continue
-        if text:
-            return text
-
+# ------------------------------------------------------------------------------------------ report
 
 class Session:
     """A model, a cache and the conversation in it, with the figures that are shown at the end."""
@@ -759,11 +559,9 @@ class Session:
         self.text = Text(args.model)
         self.replies = 0
         self.last = None            # the last id decoded, not in the cache yet
-        if args.chat and args.interactive:
-            self.text.turn("a", replies=1, last=0)              # can this template go on?
-        self.model = load_model(args)
-        self.prompts = [self.encode(text, name) for text, name in zip(texts, self.names)]
+        self.prompts = [self.encode(text) for text in texts]
 
+        self.model = load_model(args)
         self.gates = None
         if args.dense:
             self.kv = DenseCache(self.model, len(texts))
@@ -771,31 +569,21 @@ class Session:
             admission, self.gates = make_admission(args, self.model)
             self.kv = DualCache(self.model, admission, len(texts), tau=args.tau)
         self.choose = None
-        if args.temperature > 0:
+        if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
 
         self.warned = False
         self.first_use_s = warm_up(self.model, self.kv)
-        self.prompt_tokens = 0
-        self.new_tokens = 0
-        self.prefill_s = 0.0
-        self.decode_s = 0.0
+        self.prompt_tokens = self.new_tokens = 0
+        self.prefill_s = self.decode_s = 0.0
 
-    def encode(self, text, name):
-        """The ids of the next turn. UserError if the model cannot read them."""
+    def encode(self, text):
+        """The ids of the next turn."""
         if self.args.chat:
-            ids = self.text.turn(text, self.replies, self.last)
-        elif self.last is None:
-            ids = self.text.encode(text)
-        else:
-            ids = [self.last] + self.text.encode(f"\n\n{text}", begin=False)
-        if not ids:
-            raise UserError(f"{name}: {self.text.file} gives no token for this text")
-        vocab_size = self.model.config.vocab_size
-        if max(ids) >= vocab_size:
-            raise UserError(f"{name}: {self.text.file} gives the id {max(ids):,}, but the model "
-                            f"has a vocabulary of {vocab_size:,}")
-        return ids
+            return self.text.turn(text, self.replies, self.last)
+        if self.last is None:
+            return self.text.encode(text)
+        return [self.last] + self.text.encode(f"\n\n{text}", begin=False)
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
@@ -803,12 +591,10 @@ class Session:
         if self.args.show_kept is not None:
             self.show_kept()
         self.decode(hidden, self.prompts)
-        while self.args.interactive:
-            line = read_line()
-            if line is None:
-                return
-            turn = [self.encode(line, "this line")]
-            self.decode(self.prefill(turn), turn)
+        if self.args.interactive:
+            for line in typed_lines():
+                turn = [self.encode(line)]
+                self.decode(self.prefill(turn), turn)
 
     def prefill(self, prompts):
         """Read prompts into the cache; returns the hidden states that decode starts from."""
@@ -816,15 +602,10 @@ class Session:
         total = sum(len(prompt) for prompt in prompts)
         start = clock(self.model.device)
         with progress(total, "prefill", "tokens") as bar:
-
-            def advance(tokens):
-                bar.update(tokens)
-                self.prompt_tokens += tokens
-
-            try:
-                return prefill(self.model, self.kv, prompts, self.args.chunk, advance)
-            finally:
-                self.prefill_s += clock(self.model.device) - start
+            hidden = prefill(self.model, self.kv, prompts, self.args.chunk, bar.update)
+        self.prefill_s += clock(self.model.device) - start
+        self.prompt_tokens += total
+        return hidden
 
     def warn_if_too_long(self, prompts):
         """Say once if this turn can pass the positions that the model was trained for."""
@@ -839,7 +620,7 @@ class Session:
     def decode(self, hidden, prompts):
         """Decode the answers: a single one is shown token by token, several at the end."""
         single = len(prompts) == 1
-        streams = [TextStream(self.text, prompt) for prompt in prompts]
+        streams = [TextStream(self.text, continues=True) for _ in prompts]
         answers = ["" for _ in prompts]
         start = clock(self.model.device)
         try:
@@ -854,7 +635,7 @@ class Session:
                     answers[b] += piece
                     if single:
                         print(piece, end="", flush=True)
-        finally:        # also after Ctrl-C
+        finally:                                                # also after Ctrl-C
             self.decode_s += clock(self.model.device) - start
             self.replies += 1
             for name, answer, stream in zip(self.names, answers, streams):
@@ -862,16 +643,6 @@ class Session:
                     print(stream.flush(), flush=True)
                 else:
                     print(f"==> {printable(name)} <==\n{answer}{stream.flush()}", flush=True)
-
-    def show_kept(self):
-        """Write the page of --show-kept for the prompt, which has just been read."""
-        decided_by = f"--admit {self.args.admit}"
-        if self.gates is not None:
-            decided_by = Path(self.gates).name
-        page = kept_page(
-            self.text.pieces(self.prompts[0]), self.kv.admitted(), self.kv.window, self.kv.tau,
-            f"{self.model.name}, {decided_by}", self.kv.kept_bytes() / self.kv.dense_bytes())
-        write_text(self.args.show_kept, page)
 
     def figures(self):
         """What --json prints."""
@@ -897,18 +668,166 @@ class Session:
         say(f"prefill  {self.prefill_s:8.2f} s   {prefill_rate:10,.1f} tokens/s")
         say(f"decode   {self.decode_s:8.2f} s   {decode_rate:10,.1f} tokens/s   "
             f"({self.new_tokens} tokens)")
-        note = ""
-        if f["kept_share"] > 1:
-            note = "   (more than dense: the text is shorter than the window has room for)"
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
-            f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB{note}")
+            f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
+        if f["kept_share"] > 1:
+            say("         (more than dense: the text is shorter than the window has room for)")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
             say(json.dumps(f))
 
+    def show_kept(self):
+        """Write the page of --show-kept for the prompt, which has just been read."""
+        decided_by = f"--admit {self.args.admit}"
+        if self.gates is not None:
+            decided_by = Path(self.gates).name
+        page = kept_page(
+            token_texts(self.text, self.prompts[0]), self.kv.admitted(), self.kv.window,
+            self.kv.tau, f"{self.model.name}, {decided_by}",
+            self.kv.kept_bytes() / self.kv.dense_bytes())
+        write_text(self.args.show_kept, page)
+
+
+def token_texts(text, ids):
+    """The text of each token. What several tokens spell goes to the one that completes it."""
+    stream = TextStream(text)
+    texts = []
+    for token in ids:
+        piece = stream.push(token)
+        if token in text.special:
+            piece = text.tokenizer.id_to_token(token)
+        texts.append(piece)
+    texts[-1] += stream.flush()
+    return texts
+
+
+def kept_page(pieces, admitted, window, tau, title, kept_share):
+    """An HTML page that needs nothing else: each token, colored by how many heads admitted it.
+
+    pieces: the text of the S tokens. admitted (L, Hkv, S) bool. The page gets that in base64, as S
+    rows of ceil(L * Hkv / 8) bytes: head n of a token, counted layer by layer, is bit n % 8 of
+    byte n // 8.
+    """
+    by_token = admitted.cpu().flatten(0, 1).T                           # (S, L * Hkv)
+    unused_bits = -by_token.shape[1] % 8
+    bits = F.pad(by_token, (0, unused_bits)).reshape(-1, 8)             # (S * bytes, 8)
+    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1)   # (S * bytes,)
+    data = json.dumps(dict(
+        pieces=pieces, layers=admitted.shape[0], heads=admitted.shape[1], ring=window,
+        bits=base64.b64encode(bytes(packed.tolist())).decode(), tau=tau, title=title,
+        kept_share=kept_share))
+    data = data.replace("<", "\\u003c")         # so that no text can end the script
+    page = (HERE / "assets" / "kept.html").read_text(encoding="utf-8")
+    return page.replace("{{data}}", data)
+
+
+# ----------------------------------------------------------------------------------------- options
+
+COLDEST = 0.01          # lower temperatures are 0: dividing by almost nothing overflows
+
+
+def parse(argv):
+    """The command line as a Namespace; UserError if it makes no sense."""
+    parser = Parser(description=__doc__.partition("\n\nThe file is in")[0])
+    group = parser.add_argument_group("text")
+    group.add_argument("--prompt", nargs="+", metavar="FILE",
+                       help="texts to read, - is standard input (default: tiny/example.txt)")
+    group.add_argument("--chat", action="store_true",
+                       help="put the prompt into the model's chat template")
+    group.add_argument("--interactive", action="store_true",
+                       help="then each line you type is a further turn")
+    model_options(parser)
+    group = parser.add_argument_group("cache")
+    group.add_argument("--gates", metavar="FILE", help="a gate file, or an official .pt (default: "
+                       "gates.safetensors in the model's folder)")
+    group.add_argument("--admit", type=admission_rule, default="gates", metavar="RULE",
+                       help="what is admitted: gates (the default) decide, all, none, or a random "
+                       "share like 0.25")
+    group.add_argument("--tau", type=real(0, 1), metavar="T",
+                       help="admit where a gate is at least T (default: as the gate file says)")
+    group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
+    group.add_argument("--chunk", type=whole(1), default=4096, metavar="N",
+                       help="prefill N tokens at once; fewer need less memory (default: 4096)")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N",
+                       help="stop after so many tokens (default: 128)")
+    group.add_argument("--temperature", type=real(0), default=0.0, metavar="T",
+                       help="sample at this temperature (default: 0; below "
+                       f"{COLDEST} it is always the likeliest token)")
+    group.add_argument("--top-p", type=real(0.001, 1), default=1.0, metavar="P",
+                       help="sample only from the likeliest tokens of this total probability "
+                       "(default: 1, from all)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--show-kept", metavar="FILE.html",
+                       help="write a page that shows which tokens were kept")
+    group.add_argument("--json", action="store_true",
+                       help="end with the figures as one line of JSON on stderr")
+    args = parser.parse_args(argv)
+    refuse_clashes(args)
+    return args
+
+
+def admission_rule(text):
+    """The type of --admit: "gates", or the share of tokens to admit."""
+    if text == "gates":
+        return text
+    return real(0, 1)({"all": "1", "none": "0"}.get(text, text))
+
+
+def refuse_clashes(args):
+    """UserError for options that do not go together, before anything slow."""
+    several = args.prompt is not None and len(args.prompt) > 1
+    if args.interactive and several:
+        raise UserError("--interactive goes with one prompt, not with several")
+    if args.dense and (args.gates is not None or args.admit != "gates" or args.tau is not None):
+        raise UserError("--dense keeps everything: --gates, --admit and --tau do not go with it")
+    if args.top_p < 1 and args.temperature < COLDEST:
+        raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
+    if args.show_kept is not None:
+        if several or args.dense:
+            raise UserError("--show-kept goes with one prompt and with the dual cache, not with "
+                            "several prompts or --dense")
+        check_writable(args.show_kept)
+
+
+def load_model(args):
+    """The Llama that --model, --device and --dtype ask for."""
+    device = pick_device(args.device)
+    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype))
+
+
+def make_admission(args, model):
+    """(admission policy, its gate file or None) for --gates and --admit.
+
+    A random policy takes window and tau from the gate file, if there is one, to be comparable.
+    """
+    file = args.gates
+    if file is None:
+        file = os.path.join(args.model, "gates.safetensors")
+    gates = None
+    if args.gates is not None or os.path.exists(file):
+        gates = Gates.load(file, model)
+        if file.endswith(".pt"):
+            say(f"{file}: an official checkpoint names no window and no tau: they are the paper's "
+                f"(window {gates.window}, tau {gates.tau})")
+    if args.admit != "gates":
+        policy = RandomAdmission(args.admit, args.seed)
+        if gates is not None:
+            policy.window = gates.window
+            policy.tau = gates.tau
+        return policy, None
+    if gates is None:
+        raise UserError(f"{args.model} has no gates.safetensors: name a file with --gates, train "
+                        "one with train.py, or choose --dense or --admit all, none or a share")
+    return gates, file
+
 
 def main(argv=None):
     args = parse(argv)
+    if sys.stdout is None:
+        raise UserError("standard output is closed, so there is no place for the answer")
+    if sys.stdin is None:           # the shell closed it (<&-): the same as an empty one
+        sys.stdin = open(os.devnull)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")    # a terminal may not know every character
     session = Session(args)

@@ -20,7 +20,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import generate
 from common import HERE, UserError, run_program
-from generate import Text, TextStream, kept_page, sampler
+from generate import BYTE_TOKEN, Text, TextStream, kept_page, sampler, token_texts
 from model import Config, Llama
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission
 
@@ -181,13 +181,6 @@ def test_a_vocabulary_that_spells_a_control_token_is_refused(tmp_path):
         text.encode("a</s>a")
 
 
-def test_training_documents_keep_their_end_tokens(tiny):
-    """tasks.py marks ends with <|end|> and encodes with text.tokenizer: there it is a token."""
-    _, text = tiny
-    text.encode("once through the other one")
-    assert text.tokenizer.encode("a<|end|>", add_special_tokens=False).ids[-1] in text.end
-
-
 def test_a_lone_surrogate_is_one_line(tiny):
     """A chat template from JSON can hold one; the tokenizer's own error is a TypeError."""
     with pytest.raises(UserError, match="cannot be used on this text"):
@@ -210,10 +203,9 @@ def test_end_tokens_are_the_union_and_the_begin_token_is_the_tokenizers(tmp_path
     assert len(text.encode("a long text that a saved truncation would cut")) > 3
 
 
-@pytest.mark.parametrize("value", ["true", "1.5", '"1"', "-1", "[[1]]", "[1, null]", "{}", "1e30",
-                                   "99999999999999999999", "NaN"])
+@pytest.mark.parametrize("value", ["true", "1.5", '"1"', "-1", "[1, null]", "9999999999", "NaN"])
 def test_end_tokens_that_are_no_ids_are_refused(tmp_path, value):
-    """A boolean was token 1, a nested list a TypeError, a huge number an overflow in decode."""
+    """A boolean was token 1, a huge number an overflow in decode."""
     copy_text_files(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": %s}' % value)
     with pytest.raises(UserError, match="eos_token_id should be a whole number|NaN is not a num"):
@@ -222,7 +214,7 @@ def test_end_tokens_that_are_no_ids_are_refused(tmp_path, value):
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
     """loader.md 21: only tokenizer.model, and how to convert it; none; one that is broken."""
-    with pytest.raises(UserError, match="tokenizer.json is missing"):
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         Text(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(UserError, match="no tokenizer.json; to convert it: python -c"):
@@ -394,30 +386,6 @@ def test_texts_that_are_hard_to_insert(tmp_path, content):
     assert shown == f"<|im_end|>\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_chat_turn_of_the_bundled_model(tiny):
-    """One begin token, the end token between turns once, and only what is new in a later turn."""
-    _, text = tiny
-    [begin], [end] = text.begin, text.end
-    assert text.turn("One?").count(begin) == 1
-    later = text.turn("No, the other No", 1, end)
-    assert later[0] == end and later.count(end) == 1 and begin not in later
-    assert text.decode(later) == "\n\nNo, the other No"
-    assert text.turn("Three?", 1, 77) == [77, end, *text.encode("\n\nThree?", begin=False)]
-
-
-@pytest.mark.parametrize("template", [
-    "{{ messages[-1].content[:3] }}", "{{ messages[-1].content | upper }}",
-    "{{ messages[-1].content | length }}", "{{ messages[-1].content.split('|')[0] }}",
-    "{{ messages[-1].content }}{% if messages[-1].content | length > 20 %}long{% endif %}"])
-def test_a_template_that_does_more_than_insert_takes_plain_texts_only(tmp_path, template):
-    """Where we cannot tell the user's text from the template's, control tokens are refused."""
-    text = make_text(tmp_path, byte_level(), template)
-    rendered = text.chat([{"role": "user", "content": "the and the"}])
-    assert text.turn("the and the") == text.encode(rendered)
-    with pytest.raises(UserError, match=r"must not contain the control token <\|im_end\|>"):
-        text.turn("the <|im_end|>and")
-
-
 def test_a_template_without_replies_cannot_go_on(tmp_path):
     """There is no telling what a second turn adds: say so rather than repeat the conversation."""
     text = make_text(tmp_path, byte_level(), "{{ messages[-1].content }}")
@@ -445,33 +413,34 @@ def test_chat_templates_are_found(tmp_path, where):
 
 BAD_TEMPLATES = {
     "nowhere": None, "empty": "", "a number": 7, "no default": [{"name": "tool", "template": "x"}],
-    "odd names": [{"name": ["default"], "template": "x"}, {"name": "default"}],
     "broken": "{% if %}", "raises": "{{ raise_exception('no system turns') }}",
     "escapes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "divides by zero": "{{ 1 // 0 }}", "overflows": "{{ (2.0 ** 9999) }}",
+    "divides by zero": "{{ 1 // 0 }}", "no such date": "{{ strftime_now(7) }}",
     "recurses": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "a type error": "{{ messages[0].content + 1 }}", "no such date": "{{ strftime_now(7) }}",
     "prints without end": "{% for i in range(9999) %}{% for j in range(9999) %}abcdefgh{% endfor %}"
                           "{% endfor %}",
-    "a huge range": "{% for i in range(10 ** 9) %}{% endfor %}"}
+    "a huge range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "shortens the text": "{{ messages[-1].content[:3] }}",
+    "changes letters": "{{ messages[-1].content | upper }}",
+    "depends on the length": "{{ messages[-1].content }}{{ messages[-1].content | length }}"}
 
 
 @pytest.mark.parametrize("case", BAD_TEMPLATES)
 def test_bad_chat_templates_are_one_line(tmp_path, case):
-    """A template is the folder's code: whatever it raises, and however much it prints."""
+    """A template is the folder's code: whatever it raises, and however much it prints. If it
+    changes the user's text, we cannot tell that from the template's own control tokens."""
     text = make_text(tmp_path, byte_level(), BAD_TEMPLATES[case])
     with pytest.raises(UserError, match="chat template") as refused:
-        text.chat([{"role": "user", "content": "hi"}])
+        text.turn("hi <|im_end|> there")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 # ----------------------------------------------------------------------------------- streamed text
 
-def streamed(text, ids, context=()):
-    """The pieces of a stream, and the rest."""
-    stream = TextStream(text, context)
-    pieces = [stream.push(token) for token in ids]
-    return [*pieces, stream.flush()]
+def streamed(text, ids, continues=False):
+    """The text of a stream."""
+    stream = TextStream(text, continues)
+    return "".join(stream.push(token) for token in ids) + stream.flush()
 
 
 def test_streamed_text_is_the_decoded_text(any_text):
@@ -489,7 +458,7 @@ def test_streamed_text_is_the_decoded_text(any_text):
             ids = [rng.randrange(vocab_size) for _ in range(rng.randrange(20))]
         else:       # mostly bytes: they stand near the beginning of these vocabularies
             ids = [rng.randrange(vocab_size // 2) for _ in range(rng.randrange(40))]
-        assert "".join(streamed(any_text, ids)) == any_text.decode(ids), ids
+        assert streamed(any_text, ids) == any_text.decode(ids), ids
 
 
 def test_a_stream_after_a_prompt_goes_on_there(any_text):
@@ -500,11 +469,11 @@ def test_a_stream_after_a_prompt_goes_on_there(any_text):
         prompt += rng.choice([[], [any_text.tokenizer.token_to_id(next(iter(any_text.names)))]])
         answer = any_text.encode(random_text(rng), begin=False)
         both = any_text.decode(prompt + answer)
-        assert any_text.decode(prompt) + "".join(streamed(any_text, answer, prompt)) == both
+        assert any_text.decode(prompt) + streamed(any_text, answer, True) == both
 
 
 def test_a_stream_shows_what_is_certain_at_once(any_text):
-    """Holding back more than a character (or a run of bytes) would make the answer stutter."""
+    """What ends with a whole character (or a run of bytes that has ended) is not held back."""
     rng = random.Random(5)
     for _ in range(500):
         ids = any_text.encode(random_text(rng).replace("�", ""), begin=False)
@@ -512,8 +481,10 @@ def test_a_stream_shows_what_is_certain_at_once(any_text):
         stream = TextStream(any_text)
         for n, token in enumerate(ids):
             shown += stream.push(token)
-            if not any_text.is_byte(token):
-                assert shown == any_text.decode(ids[:n + 1]).rstrip("�")
+            whole = any_text.decode(ids[:n + 1])
+            byte = BYTE_TOKEN.fullmatch(any_text.tokenizer.id_to_token(token))
+            if not byte and not whole.endswith("�"):
+                assert shown == whole
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback, prepend"])
@@ -528,7 +499,7 @@ def test_a_long_stream_is_not_decoded_again_and_again(tmp_path, monkeypatch, kin
         half = text.encode("你", begin=False)[0]
     word = text.tokenizer.token_to_id("t")
     ids = [half] * 5000 + [word] * 5000
-    assert "".join(streamed(text, ids)) == decode(ids)
+    assert streamed(text, ids) == decode(ids)
     assert sum(work) < 5 * len(ids)
 
 
@@ -537,18 +508,11 @@ def test_the_pieces_of_a_page_are_the_text(any_text):
     rng = random.Random(6)
     for _ in range(300):
         ids = any_text.encode(random_text(rng))
-        pieces = any_text.pieces(ids)
+        pieces = token_texts(any_text, ids)
         begin = len(any_text.begin)
         assert len(pieces) == len(ids)
         assert "".join(pieces[begin:]) == any_text.decode(ids)
         assert pieces[:begin] == [any_text.tokenizer.id_to_token(i) for i in any_text.begin]
-
-
-def test_a_run_of_bytes_is_shown_at_its_last_token(tmp_path):
-    """On the page a face must not be coloured like the word after it."""
-    text = make_text(tmp_path, byte_fallback())
-    pieces = text.pieces(text.encode("a\N{GRINNING FACE} the"))
-    assert pieces == ["<s>", "", "a", "", "", "", "\N{GRINNING FACE}", " the"]
 
 
 # ------------------------------------------------------------------------------ prefill and decode
@@ -601,6 +565,11 @@ def test_running_ahead_gives_the_same_ids(tiny, monkeypatch):
     assert kv.num_tokens.tolist() == [len(prompt) + 7 for prompt in prompts]
     kv, hidden = start()
     assert list(generate.decode(model, kv, hidden, 8, stop)) == ended
+    monkeypatch.setattr(generate, "STRETCH", 3)             # memory is asked for in between
+    kv, hidden = start()
+    assert list(generate.decode(model, kv, hidden, 8)) == plain
+    monkeypatch.undo()
+    monkeypatch.setattr(DualCache, "capturable", True)
     # Whoever stops after two ids finds at most LAG more tokens than the one before the last.
     kv, hidden = start()
     for n, _ in enumerate(generate.decode(model, kv, hidden, 8)):
@@ -844,76 +813,49 @@ def test_help_is_for_people(capsys):
 BAD_ARGUMENTS = {       # a command line: what the message must say
     "--prompt nowhere.txt": "nowhere.txt",
     "--prompt EMPTY": "EMPTY is empty",
-    "--prompt LATIN": "LATIN is not UTF-8 text: byte 0xe9 at offset 3",
-    "--prompt FOLDER": "FOLDER cannot be read: Is a directory",
+    "--prompt LATIN": "LATIN cannot be read as UTF-8 text",
+    "--prompt FOLDER": "FOLDER cannot be read as UTF-8 text: Is a directory",
     "--prompt a\0b": "a\\x00b",
-    "--prompt ''": "--prompt",
     "--model nowhere/at/all": "nowhere/at/all",
-    "--model EMPTYFOLDER": "is missing",
-    "--model a\0b": "a\\x00b",
-    "--model NOTOKEN": "gives no token for this text",
-    "--model PASTVOCAB --prompt WIDE": "WIDE: PASTVOCAB/tokenizer.json gives the id 4,096",
-    "--model NOCHAT --chat": "has no chat template",
-    "--model ONCE --chat --interactive": "cannot go on after the first one",
+    "--model EMPTYFOLDER": "EMPTYFOLDER/tokenizer.json cannot be read: No such file",
+    "--model PASTVOCAB --prompt WIDE": "the tokenizer gives the id 4,096, but PASTVOCAB",
     "--gates nowhere.safetensors": "nowhere.safetensors",
     "--gates GARBAGE": "GARBAGE",
     "--gates ''": "cannot be read",
-    "--gates a\0b": "a\\x00b",
     "--gates OTHER": "these gates are for",
-    "--admit some": "--admit: should be gates, all, none or a share from 0 to 1, it is 'some'",
+    "--admit some": "--admit: should be a number from 0 to 1, it is 'some'",
     "--admit 1.5": "--admit",
-    "--admit -0.1": "--admit",
-    "--admit nan": "--admit",
-    "--tau 1.5": "--tau: should be a number from 0 to 1, it is '1.5'",
-    "--tau -1": "--tau",
+    "--tau -1": "--tau: should be a number from 0 to 1, it is '-1'",
     "--tau nan": "--tau",
-    "--tau much": "--tau",
     "--temperature -1": "--temperature",
-    "--temperature nan": "--temperature",
     "--temperature inf": "--temperature",
-    "--temperature 1e-31": "--temperature: should be 0 or at least 0.01, it is '1e-31'",
     "--temperature 1 --top-p 0": "--top-p",
     "--top-p 0.5": "--temperature",
     "--max-new-tokens 0": "--max-new-tokens",
     "--max-new-tokens 1e3": "--max-new-tokens",
-    "--max-new-tokens 99999999999999999999999": "--max-new-tokens",
-    "--chunk 0": "--chunk",
     "--chunk 99999999999999999999999": "--chunk",
-    "--seed 99999999999999999999999": "--seed",
     "--seed -1": "--seed",
     "--dtype int8": "--dtype",
-    "--device tpu": "--device",
     "--device mps": "--device",
     "--show-kept no/such/folder/x.html": "no/such/folder",
-    "--show-kept FOLDER": "it is a folder",
     "--show-kept ''": "no name",
-    "--show-kept a\0b": "no name",
     "--show-kept x.html --dense": "--show-kept",
     "--show-kept x.html --prompt A B": "--show-kept",
-    "--interactive --prompt -": "--interactive",
     "--interactive --prompt A B": "--interactive",
     "--dense --tau 0": "--dense",
-    "--dense --gates x": "--dense",
     "--dense --admit none": "--dense",
-    "--nonsense": "--nonsense",
     "stray": "stray",
 }
 
 
-def broken_folders(names):
-    """The model folders of BAD_ARGUMENTS, each the bundled one but for one thing."""
+def folder_past_the_vocabulary():
+    """The bundled model with a tokenizer that knows one token more."""
+    Path("PASTVOCAB").mkdir()
+    link_tiny(Path("PASTVOCAB"), but=["tokenizer.json"])
     tokenizer = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
-    if "NOTOKEN" in names:
-        tokenizer["model"].update(vocab={"\u2603": 2}, merges=[])
-        tokenizer["pre_tokenizer"] = tokenizer["post_processor"] = None
     wide = dict(tokenizer["added_tokens"][0], id=4096, content="\u2603wide", special=False)
     tokenizer["added_tokens"].append(wide)
-    template = {"ONCE": {"chat_template": "{{ messages[-1].content }}"}}
-    for name in {"NOTOKEN", "PASTVOCAB", "NOCHAT", "ONCE"} & set(names):
-        Path(name).mkdir()
-        link_tiny(Path(name), but=["tokenizer.json", "tokenizer_config.json"])
-        Path(name, "tokenizer.json").write_text(json.dumps(tokenizer))
-        Path(name, "tokenizer_config.json").write_text(json.dumps(template.get(name, {})))
+    Path("PASTVOCAB", "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.mark.parametrize("command", BAD_ARGUMENTS)
@@ -927,7 +869,8 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypat
     Path("WIDE").write_text("a \u2603wide load")
     Path("FOLDER").mkdir()
     Path("EMPTYFOLDER").mkdir()
-    broken_folders(argv)
+    if "PASTVOCAB" in argv:
+        folder_past_the_vocabulary()
     if "OTHER" in argv:
         other = Llama(Config(num_layers=2, head_dim=16)).eval()
         Gates(2, 4, 16).save("OTHER", other)
@@ -940,8 +883,8 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("options", [
-    "--tau 0", f"--seed {2**63 - 1} --admit 0.5 --temperature 0.01", "--temperature 1e300",
-    "--temperature 1 --top-p 0.001", f"--chunk {2**63 - 1}"])
+    "--tau 0", f"--seed {2**63 - 1} --admit 0.5 --temperature 0.01", "--temperature 1e-320",
+    "--temperature 1e300", "--temperature 1 --top-p 0.001", f"--chunk {2**63 - 1}"])
 def test_options_at_their_bounds_work(options, prompt, capsys):
     """The smallest and the largest value that are let through must not be a traceback."""
     answer(capsys, "--prompt", prompt, "--max-new-tokens", "2", *options.split())
@@ -955,15 +898,6 @@ def test_many_new_tokens_need_no_memory_beforehand(tiny):
         hidden = generate.prefill(model, kv, [[5] * 3])
         next(generate.decode(model, kv, hidden, 10**6))
         assert kv.reserved_bytes() < before + 2**24
-
-
-def test_a_closed_standard_input_is_said(capsys, monkeypatch):
-    """Python has no sys.stdin then (`<&-`): an AttributeError until now."""
-    monkeypatch.setattr(sys, "stdin", None)
-    for argv in (["--interactive"], ["--prompt", "-"]):
-        assert run_program(generate.main, argv) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "closed" in err
 
 
 def test_a_gpu_that_is_not_there_is_said(capsys, monkeypatch):
@@ -981,42 +915,44 @@ def test_a_model_without_gates_says_what_to_do(capsys, tmp_path):
     assert "--gates" in err and "train.py" in err and err.count("\n") == 1
 
 
+def test_an_official_checkpoint_says_which_window_and_tau_it_runs_under(capsys, monkeypatch):
+    """The authors' files hold neither: whoever compares numbers must know what was used."""
+    monkeypatch.setattr(Gates, "load", lambda path, model: Gates(8, 4, 32))
+    args = SimpleNamespace(gates="official.pt", admit="gates", model=str(TINY_FOLDER))
+    assert generate.make_admission(args, None)[1] == "official.pt"
+    assert "(window 256, tau 0.1)" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------ real streams
 
 STREAMS = r"""
 import json, os, sys
 import generate
 
-def run(argv, **streams):
+def run(argv, stdin=os.devnull, stdout="out", stderr="err"):
     # In a child, as a shell would start it: `None` closes a stream, a name is a file to use.
     pid = os.fork()
     if pid == 0:
-        for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-            target = streams.get(name, os.devnull)
+        targets = dict(stdin=stdin, stdout=stdout, stderr=stderr)
+        for fd, (name, target) in enumerate(targets.items()):
             if target is None:
                 os.close(fd)
                 setattr(sys, name, None)
             else:
-                flags = os.O_RDONLY if mode == "r" else os.O_WRONLY | os.O_CREAT
+                flags = os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT
                 os.dup2(os.open(target, flags), fd)
-                setattr(sys, name, open(fd, mode, closefd=False))
+                setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))
         sys.exit(generate.run_program(generate.main, argv))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-prompt = sys.argv[1]
-short = ["--prompt", prompt, "--max-new-tokens", "5", "--device", "cpu"]
-two = ["--prompt", prompt, prompt, "--max-new-tokens", "5", "--device", "cpu"]
+short = ["--prompt", sys.argv[1], "--max-new-tokens", "5", "--device", "cpu"]
 print(json.dumps({
     "closed stdout": run(short, stdout=None, stderr="a"),
     "full stdout": run(short, stdout="/dev/full", stderr="b"),
-    "full stdout, batch": run(two, stdout="/dev/full", stderr="c"),
-    "closed stderr": run(short, stdout="d", stderr=None),
-    "full stderr": run(short, stdout="e", stderr="/dev/full"),
-    "a mistake, closed stderr": run(["--prompt", "no"], stdout="f", stderr=None),
-    "a mistake, full stderr": run(["--prompt", "no"], stdout="g", stderr="/dev/full"),
-    "nowhere to say it": run(short, stdout="/dev/full", stderr="/dev/full"),
-    "closed stdin": run([*short, "--interactive"], stdin=None, stdout="h", stderr="i"),
-    "all is well": run([*short, "--interactive"], stdout="j", stderr="k")}))
+    "closed stderr": run(short, stdout="c", stderr=None),
+    "closed stdin": run([*short, "--interactive"], stdin=None, stdout="d", stderr="e"),
+    "a prompt from a closed stdin": run(["--prompt", "-"], stdin=None, stderr="f"),
+    "a mistake, full stderr": run(["--prompt", "no"], stdout="g", stderr="/dev/full")}))
 """
 
 
@@ -1027,32 +963,20 @@ def test_full_and_closed_streams(tmp_path, prompt):
                          env=dict(os.environ, PYTHONPATH=str(HERE)), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == {
-        "closed stdout": 2, "full stdout": 2, "full stdout, batch": 2, "closed stderr": 0,
-        "full stderr": 0, "a mistake, closed stderr": 2, "a mistake, full stderr": 2,
-        "nowhere to say it": 2, "closed stdin": 2, "all is well": 0}
+        "closed stdout": 2, "full stdout": 2, "closed stderr": 0, "closed stdin": 0,
+        "a prompt from a closed stdin": 2, "a mistake, full stderr": 2}
     written = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    for name in "abci":
+    for name in "abf":
         assert written[name].count("\n") == 1, written[name]
-    assert "closed" in written["a"] and "No space left" in written["b"] and "closed" in written["i"]
-    assert written["d"] == written["e"] == written["j"] != ""       # the answer and nothing else
-    assert written["f"] == written["g"] == written["h"] == "" and "kept" in written["k"]
+    assert "closed" in written["a"] and "No space left" in written["b"] and "empty" in written["f"]
+    assert written["c"] == written["d"] != ""               # the answer and nothing else
+    assert "kept" in written["e"] and written["g"] == ""
 
 
-def test_a_closed_pipe_is_no_traceback(prompt):
-    """`python generate.py | head -c 1` must end in silence, except for the statistics."""
-    command = f"{sys.executable} generate.py --prompt {prompt} --max-new-tokens 40 --device cpu"
-    run = subprocess.run(["bash", "-c", f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}"],
-                         capture_output=True, text=True, cwd=HERE)
+def test_a_closed_pipe_is_no_traceback(tmp_path, prompt):
+    """`python generate.py | head -c 1`, in any folder, ends in silence but for the figures."""
+    command = f"{sys.executable} {HERE}/generate.py --prompt {prompt} --device cpu | head -c 1"
+    run = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+                         capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and len(run.stdout) == 1
     assert "Traceback" not in run.stderr and "kept" in run.stderr, run.stderr
-
-
-def test_the_real_program_from_another_folder(tmp_path, prompt):
-    """Files must find each other from any working directory, errors reach the shell as status 2."""
-    program = [sys.executable, str(HERE / "generate.py"), "--device", "cpu"]
-    run = subprocess.run([*program, "--prompt", prompt, "--max-new-tokens", "3"],
-                         capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0 and "tokens/s" in run.stderr, run.stderr
-    run = subprocess.run([*program, "--prompt", "no.txt"], capture_output=True, text=True,
-                         cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (2, "") and run.stderr.startswith("generate.py: ")
