@@ -123,15 +123,15 @@ class Text:
     #
     # A tokenizer turns the string "<|end|>" into its control token wherever it stands. In a user's
     # text it must not: a document could end a turn of the chat and forge the next one. So we encode
-    # with a copy of the tokenizer, `plain`, where each control token has a secret name. With the
+    # with a copy of the tokenizer, `plain`, where control tokens have secret names. With the
     # bundled model (66 is "a", 1 is <|end|>) and the secret 7f3c:
     #
     #     text            tokenizer     plain
     #     "a<|end|>"      [66, 1]       [66, 29, 93, 602, 93, 31]     a < | end | >
     #     "a<7f3c:1>"     text          [66, 1]
     #
-    # Where we want a control token, we write its secret name. A text without control tokens gets
-    # the same ids from both, because it is still encoded in one piece.
+    # Where we want a control token, we write its secret name. Still in one piece: a text without
+    # control tokens gets the same ids from both.
 
     def hide_control_tokens(self):
         """Make `plain`, the secret `names` of control tokens, and what `plain`'s ids mean."""
@@ -241,6 +241,10 @@ class Text:
         # The environment that transformers gives to templates.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+        def raise_exception(message):           # what a template calls to refuse a conversation
+            raise ValueError(message)
+
         with reading(f"{self.folder}: the chat template", "compiled"):
             return environment.from_string(source, globals=dict(
                 tokens, raise_exception=raise_exception, strftime_now=time.strftime))
@@ -265,10 +269,9 @@ def load_tokenizer(folder):
     """(Tokenizer, its file): a folder's tokenizer.json, without the truncation saved with some."""
     file = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(file) and os.path.exists(os.path.join(folder, "tokenizer.model")):
-        raise UserError(
-            f"{folder} has tokenizer.model but no tokenizer.json; to convert it: python -c \"from "
-            f"transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
-            f".save_pretrained('{folder}')\"")
+        raise UserError(f"{folder} has tokenizer.model but no tokenizer.json; to convert it, call "
+                        "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained"
+                        "(folder)")
     with reading(file, "read as a tokenizer"):
         tokenizer = Tokenizer.from_str(read_text(file))
     tokenizer.no_truncation()
@@ -289,11 +292,6 @@ def end_tokens(folder):
         for token in tokens:
             end.add(check_number(file, "eos_token_id", token, 0, 2**31 - 1, whole=True))
     return end
-
-
-def raise_exception(message):
-    """What a chat template calls to refuse a conversation."""
-    raise ValueError(message)
 
 
 # ----------------------------------------------------------------------------------------- prefill
@@ -639,10 +637,9 @@ class Session:
             self.decode_s += clock(self.model.device) - start
             self.replies += 1
             for name, answer, stream in zip(self.names, answers, streams):
-                if single:
-                    print(stream.flush(), flush=True)
-                else:
-                    print(f"==> {printable(name)} <==\n{answer}{stream.flush()}", flush=True)
+                if not single:
+                    print(f"==> {printable(name)} <==\n{answer}", end="")
+                print(stream.flush(), flush=True)
 
     def figures(self):
         """What --json prints."""
@@ -671,7 +668,7 @@ class Session:
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
         if f["kept_share"] > 1:
-            say("         (more than dense: the text is shorter than the window has room for)")
+            say("         (more than dense: the window alone has room for more tokens)")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
             say(json.dumps(f))
@@ -777,16 +774,15 @@ def admission_rule(text):
 def refuse_clashes(args):
     """UserError for options that do not go together, before anything slow."""
     several = args.prompt is not None and len(args.prompt) > 1
-    if args.interactive and several:
-        raise UserError("--interactive goes with one prompt, not with several")
-    if args.dense and (args.gates is not None or args.admit != "gates" or args.tau is not None):
-        raise UserError("--dense keeps everything: --gates, --admit and --tau do not go with it")
+    own_admission = args.gates is not None or args.admit != "gates" or args.tau is not None
+    if several and (args.interactive or args.show_kept is not None):
+        raise UserError("--interactive and --show-kept go with one prompt, not with several")
+    if args.dense and (own_admission or args.show_kept is not None):
+        raise UserError("--dense keeps everything: --gates, --admit, --tau and --show-kept do not "
+                        "go with it")
     if args.top_p < 1 and args.temperature < COLDEST:
         raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
     if args.show_kept is not None:
-        if several or args.dense:
-            raise UserError("--show-kept goes with one prompt and with the dual cache, not with "
-                            "several prompts or --dense")
         check_writable(args.show_kept)
 
 
