@@ -651,7 +651,7 @@ def test_reserved_stays_near_kept(every, told, gpu, monkeypatch):
     g = torch.zeros(1, 1, 2, S)
     g[..., ::every] = 1
     qkv = random_qkv(1, 1, 2, S, 1, 8)
-    cache = DualCache(bare(1, 2, 8), Replay(g, 8))
+    cache = DualCache(bare(1, 2, 8), Replay(g, 64))
     growths = []
     grow = PagePool.grow
 

@@ -654,11 +654,13 @@ class DualCache(Cache):
         grows by a tenth.
         """
         pages = len(self.pool.k)
-        if self.base.expected <= so_far or so_far == 0:
+        expected = self.base.expected
+        if expected <= so_far or so_far <= self.window:
             return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
-        # Each row's last page is a partial one.
-        at_the_end = pages_for(promoted * self.base.expected // so_far) + rows
+        # Only tokens that have left the window count; each row's last page is a partial one.
+        tokens = promoted * (expected - self.window) // (so_far - self.window)
+        at_the_end = pages_for(tokens) + rows
         return rows * self.R + at_the_end + at_the_end // 25 + wanted
 
     def ring_slots(self, table, positions):
