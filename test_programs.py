@@ -1012,7 +1012,7 @@ def test_a_lone_surrogate_is_one_line(tiny):
 
 
 def test_end_tokens_are_the_union_and_the_begin_token_is_the_tokenizers(tmp_path):
-    """loader.md 19 and 20: an end token only in generation_config.json; no begin token at all."""
+    """An end token only in generation_config.json; no begin token at all."""
     copy_text_files(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5, "bos_token_id": 3}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
@@ -1037,7 +1037,7 @@ def test_end_tokens_that_are_no_ids_are_refused(tmp_path, value):
 
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
-    """loader.md 21: only tokenizer.model, and how to convert it; none; one that is broken."""
+    """Only tokenizer.model, and how to convert it; none; one that is broken."""
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
         Text(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
@@ -1219,7 +1219,7 @@ def test_a_template_without_replies_cannot_go_on(tmp_path):
 
 @pytest.mark.parametrize("where", ["jinja file", "named list", "string"])
 def test_chat_templates_are_found(tmp_path, where):
-    """loader.md 22 and 31: a template in its own file, in a list of named ones, or as a string."""
+    """A template in its own file, in a list of named ones, or as a string."""
     copy_text_files(tmp_path)
     good = "{{ bos_token }}[{{ messages[0].content }}]{% if add_generation_prompt %}>{% endif %}"
     settings = {"bos_token": {"content": "<|begin|>"}, "chat_template": good}
@@ -1313,7 +1313,7 @@ def test_a_stream_shows_what_is_certain_at_once(any_text):
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback, prepend"])
 def test_a_long_stream_is_not_decoded_again_and_again(tmp_path, monkeypatch, kind):
-    """A model that repeats half a character for ever must not slow down with every token."""
+    """A model that repeats half a character without end must not slow down with every token."""
     text = make_text(tmp_path, TOKENIZERS[kind]())
     work = []
     decode = text.decode
