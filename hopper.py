@@ -3,17 +3,19 @@
 Gluon is Triton's own lower level: the parts of a Hopper multiprocessor (SM) are named and the
 program says which warps do what. Here, as in FlashAttention-3, one warp only copies tiles from
 memory into shared memory (with the copy engine, TMA), and two warpgroups of 4 warps compute, each
-on 64 of the program's 128 queries. Inside a warpgroup the products of one pair of tiles run beside
-the softmax of the next, by the order in which they are issued; besides, while one warpgroup is busy
-with exponents the tensor cores are free for the other, which nothing forces but usually happens.
+on 64 of the program's 128 queries. While the tensor cores multiply one pair of tiles, a warpgroup
+computes the softmax of another: the order of issue makes them overlap. And while one warpgroup is
+busy with exponents, the tensor cores are free for the other. Nothing forces that, but it usually
+happens.
 
     copy warp           K 0,1 | V 0,1 | K 2,3 | V 2,3 | ...        two tiles at a time, into a slot
     a warpgroup         q.k 0,1    softmax 0,1    q.k 2,3 and p.v 0,1    softmax 2,3 ...
 
-The warps wait for each other at barriers in shared memory (mbarriers). Each of the SLOTS slots for
-K, and for V, has two: `full` completes when a copy has landed, `free` when both warpgroups have
-read the slot. A barrier counts its completions modulo 2: wait(phase) returns once the phase of that
-parity has completed. Use n of a slot, counted from 0, waits for phase n mod 2.
+The warps wait for each other at barriers in shared memory (mbarriers). Each of the SLOTS slots
+for K, and for V, has two barriers: `full` completes when a copy has landed, `free` when both
+warpgroups have read the slot. wait(0) returns after completions 1, 3, 5, ..., wait(1) after 2, 4,
+6, ... and at once before the first. So readers wait for phase n mod 2 of `full` at use n of a
+slot, counted from 0, and the copying warp for the other phase of `free`.
 
 What is masked must be finite, since 0 * NaN is NaN: the unused slots of a page (see wgkv.PagePool),
 and what a last tile may read past a row's band, the beginning of the next row's.

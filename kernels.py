@@ -13,13 +13,14 @@ and why. Each operation has a twin, the same in plain PyTorch, named in its wrap
 that both are equal. Without a GPU they run, slowly, in Triton's interpreter: set
 TRITON_INTERPRET=1 before this file is imported (fp32 only: its bf16 products are wrong).
 
-A Triton primer. A kernel is one function that runs as many *programs* at once, the *grid*; a
-program is a block of GPU threads, and tl.program_id says which one it is. A tensor in it is a
-tile, of sizes known at compile time (tl.constexpr), and tl.load and tl.store take a mask for what
-lies outside. tl.debug_barrier() makes a program's threads wait for each other (__syncthreads), so
-that one may read what another wrote. A tensor descriptor is a base, shape and strides, from which
-newer GPUs copy tiles by a unit of their own (TMA). num_warps and num_stages tune a kernel; skip
-them at first.
+A Triton primer. A kernel is one function. A launch runs many copies of it in parallel, the
+*programs*; together they are the *grid*. A program is a block of GPU threads, and tl.program_id
+says which one it is. Inside a program every tensor is a small tile, of sizes known at compile
+time (tl.constexpr), and tl.load and tl.store take a mask for what lies outside.
+tl.debug_barrier() makes a program's threads wait for each other (__syncthreads), so that one may
+read what another wrote. A tensor descriptor is a base, shape and strides, from which newer GPUs
+copy tiles by a unit of their own (TMA). num_warps and num_stages tune a kernel; skip them at
+first.
 
 All attention here is a streaming softmax (arXiv 2112.05682, 2205.14135). For the scores s_j of one
 query (in base 2, since the hardware has exp2), in whatever order the keys come,
@@ -30,8 +31,8 @@ and two partial results (m, l, o) and (m', l', o') of disjoint keys combine by r
 larger of m and m'.
 
 Letters as in wgkv.py. BT, BM, BN, BH are how many tokens, queries, keys, hidden units one program
-takes at a time. DP and GP are D and G padded to a power of two, as tl.arange wants, and to 16, as
-the tensor cores want.
+takes at a time. DP and GP are D and G padded to a power of two, as tl.arange wants; where they go
+into tl.dot, to at least 16, as the tensor cores want.
 """
 import math
 from typing import NamedTuple
@@ -47,9 +48,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # multiple of 16. These vary from call to call, so one version serves all their values.
 UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size"]
 
-# A masked score, and the maximum before any score has been seen. They differ so that a row which
-# has seen only masked keys has weights 2^(MASKED - INITIAL_MAX) = 0; and both are finite, because
-# -inf - -inf is NaN.
+# A masked score, and the maximum before any score has been seen. They differ so that a query
+# which has seen only masked keys has weights 2^(MASKED - INITIAL_MAX) = 0; and both are finite,
+# because -inf - -inf is NaN.
 INITIAL_MAX = tl.constexpr(-1e30)
 MASKED = tl.constexpr(-2e30)
 LOG2E = tl.constexpr(1 / math.log(2))
@@ -128,9 +129,10 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
     One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
-    With a single new token there is one program a head, 8 in all, and each reads all of its W1
-    while the rest of the GPU is idle. So the hidden units are split over programs too. The last
-    to arrive adds the parts, in their order, so that the same call always gives the same gates.
+    With a single new token there is one program a head (Llama-3.1-8B: 8 in all), and each reads
+    all of its W1 while the rest of the GPU is idle. So the hidden units are split over programs
+    too. The last to arrive adds the parts, in their order, so that the same call always gives the
+    same gates.
 
     w1 (Hkv, HIDDEN, 2 D), b1, w2 (Hkv, HIDDEN), b2 (Hkv). All in fp32; only the factors of W1 x
     go in as tf32 (10 bits) when keys have half precision, which is no coarser than such a key.
@@ -621,7 +623,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     """softmax(q k / sqrt(D)) v for one query a head over all that its row holds.
 
     The grid has one axis: each program takes an even share of the layer's tiles (see above). The G
-    queries that share a KV head are multiplied together, padded to GP = 16.
+    queries that share a KV head are multiplied together, padded to GP, at least 16.
 
     q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). In the ring the first
     min(tokens, W) places hold tokens, after it the first `count`; the rest is masked.
@@ -735,8 +737,8 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
     Hkv = page_table.shape[1]
     rows = B * Hkv
     G = Hq // Hkv
-    GP = max(16, triton.next_power_of_2(G))         # of products
-    GM = triton.next_power_of_2(G)                  # of partials
+    GP = max(16, triton.next_power_of_2(G))         # G, padded for tl.dot
+    GM = triton.next_power_of_2(G)                  # and for storing partials
     DP = max(16, triton.next_power_of_2(D))
     programs = plan.first_row.shape[1]
     partial_o = torch.empty(programs + rows, GM, DP, device=q.device, dtype=torch.float32)
@@ -805,9 +807,9 @@ def add_norm(x, y, norm):
 
 
 # ------------------------------------------------------------------------------------ training
-# soft_attention: wgkv.SoftAttention's formula, with gradients for q, k, v and log_g. To be skipped
-# at a first reading. In this section P is the matrix of probabilities, not the page size, L the
-# logarithm of their sums, dX the gradient with respect to X; and P (dP - delta) is elementwise.
+# soft_attention: wgkv.SoftAttention's formula, with gradients for q, k, v and log_g. To be
+# skipped at a first reading. In this section S are the scores, P their softmax (not the page
+# size), L the logarithm of the sums that normalize it, and dX the gradient with respect to X.
 #
 # For query i and key j <= i, the gate of a key outside the window being a bias in log space,
 #
@@ -825,7 +827,8 @@ def add_norm(x, y, norm):
 #
 # P is not kept but computed again from L_i = log2 sum_j 2^S2(i, j), where S2 = S log2(e): 2^(S2 -
 # L) is P itself. Every sum is made by one program in one order: no atomics, so two runs give the
-# same bits. Where the gate is 0 (log_g = -inf), P and all that follows from it is 0.
+# same bits. Where the gate is 0 (log_g = -inf), P outside the window and all that follows from it
+# is 0.
 #
 # Tiles of queries and keys come in three kinds, and each kernel has one loop for each, because a
 # mask costs time:
@@ -976,9 +979,9 @@ def dk_dv_tile(K, V, bias, q, do, lse, delta, b, hq, t0, j, dK, dV, dG, scale, W
                KIND: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of queries into dK, dV (BN, DP) and dG (BN), the gradient of log g.
 
-    Keys are the rows here, so P^T and dS^T need no transposing. What is subtracted from the two
-    products, L and delta, is what their accumulators begin with: K Q^T begins at -L / scale, so
-    that times scale it is s - L. That saves registers.
+    Keys are the rows here, so P^T and dS^T need no transposing. Both products need something
+    subtracted, L and delta. Their accumulators begin with minus that: K Q^T begins at -L / scale,
+    so that times scale it is s - L. That saves registers.
     """
     i = t0 + tl.arange(0, BM)
     Q = q.load([b, hq, t0, 0]).reshape(BM, DP)
@@ -1005,8 +1008,8 @@ def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, H
     """One program: dK, dV and d log g of BN keys of one KV head, over the G query heads sharing it.
 
     Axis 0 is sequence and KV head, axis 1 the block of keys. The first keys are seen by the most
-    queries and start first. STAGES stands at the loops too: said only at the launch, it would leave
-    the loads of L and delta unpipelined.
+    queries and start first. STAGES stands at the loops too: given only at the launch, it would
+    not make the compiler pipeline the loads of L and delta.
     """
     j0 = tl.program_id(1) * BN
     b = tl.program_id(0) // Hkv

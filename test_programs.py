@@ -2344,28 +2344,34 @@ def test_a_loss_that_is_not_finite_ends_the_run(at, trainee, tmp_path, monkeypat
 
 # ------------------------------------------------------------------- full disks and other trainings
 
-@pytest.fixture
-def small_disk():
-    """A function that limits the size of each file that is written, as a full disk would."""
+@contextlib.contextmanager
+def small_disk(size):
+    """Limit the size of each file that is written, as a full disk would.
+
+    Only inside the block: pytest's own output may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_is_full_for_the_state(trainee, tmp_path, small_disk, capsys):
+def test_a_disk_that_is_full_for_the_state(trainee, tmp_path, capsys):
     """A half-written file that is left behind or resumed; a traceback."""
     out = str(tmp_path / "g")
     assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
-    small_disk(1000)
-    err = run_with_error([*trainee, "--out", out, "--save-every", "2"], 2, capsys)
+    with small_disk(1000):
+        err = run_with_error([*trainee, "--out", out, "--save-every", "2"], 2, capsys)
     assert "g.resume cannot be written" in err.splitlines()[-1]
     assert {path.name for path in tmp_path.glob("g*")} == {"g.log.jsonl"}
 
 
-def test_a_disk_that_is_full_for_the_log(trainee, tmp_path, small_disk, capsys):
+def test_a_disk_that_is_full_for_the_log(trainee, tmp_path, capsys):
     """Half a line that a resumed run keeps."""
-    small_disk(700)
-    err = run_with_error([*trainee, "--out", str(tmp_path / "g")], 2, capsys)
+    with small_disk(700):
+        err = run_with_error([*trainee, "--out", str(tmp_path / "g")], 2, capsys)
     assert "g.log.jsonl cannot be written" in err.splitlines()[-1]
 
 

@@ -30,9 +30,9 @@ the bytes it uses over the bytes a dense cache would use.
 
 THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads, G = Hq
 / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring. M columns
-of a page table, N pages in the pool. Tensors are (B, heads, T, D). A *row* is one (layer,
-sequence, KV head): rows have different lengths, and a batch just adds rows. A *place* is an index
-in a row's list, a *slot* an index in the pool.
+of a page table (a row's list of pages), N pages in the pool. Tensors are (B, heads, T, D). A
+*row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
+A *place* is an index in a row's list of pages, a *slot* an index in the pool.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
@@ -144,8 +144,8 @@ class Gate(nn.Module):
 
     The gate sees the key twice. Before RoPE it says what the token is, wherever it stands. After
     RoPE it is what later queries meet. The norm weights are shared by the heads of a layer, all
-    else is each head's own. E is the expansion. (The authors' gate is two Conv1d layers of size 1,
-    one group a head; these parameters start as theirs do.)
+    else is each head's own. E is the expansion. (The authors' gate is two Conv1d layers with
+    kernel size 1 and one group a head, which is the same; parameters start as theirs do.)
     """
 
     def __init__(self, Hkv, D, expansion):
@@ -186,9 +186,10 @@ class Gates(nn.Module):
     a tau (else they are 256 and 0.1).
 
     Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the student used
-    their keys with that weight. In our experiments 0.1 is the largest threshold that loses nothing
-    at any lambda (the weight of sparsity_loss): at a large lambda 100% of the needles are found at
-    0.1, 97.5% at 0.2, none at 0.4. To keep less, raise lambda instead.
+    their keys with that weight. In our experiments 0.1 is the largest threshold that loses
+    nothing more than the gates themselves do, at any lambda (the weight of sparsity_loss): at a
+    large lambda 100% of the needles are found at 0.1, 97.5% at 0.2, none at 0.4. To keep less,
+    raise lambda instead.
     """
 
     def __init__(self, L, Hkv, D, window=256, tau=0.1, expansion=4.0):
@@ -251,7 +252,7 @@ class RandomAdmission:
             x = x & 0xFFFFFFFF
             x = ((x >> 16) ^ x) * factor
         uniform = (x & 0xFFFFFF).float() / 2**24                            # in [0, 1)
-        g = torch.where(uniform < self.share, 1.0, -1.0)                    # -1: below even tau = 0
+        g = torch.where(uniform < self.share, 1.0, -1.0)        # -1: refused even if tau is 0
         return g.expand(B, Hkv, T)
 
 
@@ -266,7 +267,7 @@ class PagePool:
     """Pages of P tokens for all rows of all layers, and a stack of the free ones.
 
         k, v (N, P, D)         keys after RoPE, and values
-        g    (N, P) fp32       the token's gate: a ring's are read when its tokens leave
+        g    (N, P) fp32       the token's gate, needed again when it leaves the ring
         pos  (N, P) int32      its position, for pictures and tests (g and pos together: 8 bytes)
         free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
 
@@ -340,9 +341,9 @@ class Cache:
     """What both caches share: lengths, positions, views of some sequences, reserved room.
 
     cache.sequences(2) is a view: a cache of sequence 2 alone. It has positions and a plan of its
-    own and shares all memory with its `base`, the whole cache. So tensors that may be replaced,
-    because they grow, live in the base alone, and everything else is updated in place. One call
-    at a time.
+    own and shares all memory with its `base`, the whole cache. A tensor that grows is replaced by
+    a larger one, so only the base holds it; everything else is updated in place. One call at a
+    time.
     """
 
     def __init__(self, model, batch=1):
@@ -416,7 +417,7 @@ class Cache:
         self.base.in_call = None
 
     def set_room(self, tokens):
-        """Note that these sequences have room; others may have lost theirs, there is one pool."""
+        """Note that these sequences have room. Others may have lost theirs: all share one pool."""
         self.base.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
@@ -428,16 +429,16 @@ class Cache:
         """Make room for `steps` one-token calls; inside, none of them synchronizes with the host.
 
         To ask a GPU for a number the host waits until the GPU's queue has run empty, and then the
-        GPU waits for new work. Besides, decode records its step as a CUDA graph, which repeats
-        the kernels of `begin` in one launch, but not its Python: nobody would notice that room is
-        short, and the pool must not move under a graph.
+        GPU waits for new work. Besides, decode records its step as a CUDA graph. A graph replays
+        kernels, not Python: the check for room in `begin` does not run, and the pool must not
+        move under it.
         """
         self.make_room(steps)
         self.set_room(steps)
         try:
             yield
         finally:
-            self.set_room(0)        # a graph's steps were not counted: ask anew
+            self.set_room(0)        # replayed steps were not counted: ask anew
 
     def reset(self):
         """Forget everything (a view: its sequences)."""
@@ -623,9 +624,9 @@ class DualCache(Cache):
     def make_room(self, tokens):
         """Room for `tokens` more tokens in each row, whatever their gates say.
 
-        Asking the device for some numbers here, once a call, spares every layer from asking. A row
-        that takes n tokens needs at most ceil(n / P) new pages. With P = 64 and n = 70 that is 2: a
-        row of 50 tokens goes from 1 page to 2, a row of 60 from 1 to 3.
+        Asking the device for some numbers here, once a call, spares every layer from asking. A
+        row that takes n tokens needs at most ceil(n / P) new pages. With P = 64 and n = 70 that
+        is at most 2: a row of 50 tokens needs 1 more page (1 to 2), a row of 60 needs 2 (1 to 3).
 
         Gates are not known yet, so a prefill must find free pages for all its tokens, although most
         will be refused. Read a long prompt in chunks, and only one chunk's worth stands empty.
@@ -648,10 +649,9 @@ class DualCache(Cache):
         """The least size, in pages, of a pool that has to grow.
 
         A growing pool is copied. So where the length of the prompt is known, the pool grows
-        early, while it is small: to what the whole prompt will need if the rest is promoted at
-        the rate so far, 4% more, and one call's room. If 500 pages were promoted from 8K of 200K
-        tokens, that is 500 * 25 * 1.04 pages and one call's. Where the length is not known, it
-        grows by a tenth.
+        early, while it is small: to 1.04 times what the whole prompt will need at the rate so
+        far, plus one call's room. If 500 pages were promoted from 8K of 200K tokens, that is 500
+        * 25 * 1.04 pages and one call's. Where the length is not known, it grows by a tenth.
         """
         pages = len(self.pool.k)
         expected = self.base.expected
@@ -977,8 +977,8 @@ class SoftAttention:
         score(i, j) = q_i . k_j / sqrt(D) + ( 0 if i - j < W else log g_j )    (g >= MIN_GATE)
 
     The bias is log g because exp(s + log g) = g exp(s): a gate of 1 leaves the key as it is, a
-    gate of 0 removes it, and in between there is a slope to learn from. (Below MIN_GATE there is
-    none: a gate that low has closed for good.) With hard=True the bias is 0 or -inf, as at
+    gate near 0 removes it, and in between there is a slope to learn from. (Below MIN_GATE there
+    is none: a gate that low has closed for good.) With hard=True the bias is 0 or -inf, as at
     inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
 
     Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; if the
@@ -1018,9 +1018,8 @@ def sparsity_loss(g, window):
     The training loss is the MSE of the student's and the teacher's last hidden states, plus
     lambda times this. Token s of T lies in the window for o_s = min(1, W / (T - s)) of the rest
     of the text, whatever its gate says. The remaining 1 - o_s is charged at 1 - (1 - g)^2 instead
-    of g. That curve is concave: a half-open gate pays 0.75, more than the 0.5 that an open and a
-    closed one pay on average. So gates move to 0 or 1, and cutting them off at tau changes
-    little.
+    of g. That curve is concave: two half-open gates pay 1.5, an open and a closed one pay 1. So
+    gates move to 0 or 1, and cutting them off at tau changes little.
     """
     T = g.shape[-1]
     in_window = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)       # o_s, (T)
