@@ -28,10 +28,10 @@ FOUR WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An 
 *promoted* when it leaves the window: copied to the pages of its row. The share a cache *keeps* is
 the bytes it uses over the bytes a dense cache would use.
 
-THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads, G = Hq
-/ Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring. M columns
-of a page table (a row's list of pages), N pages in the pool. Tensors are (B, heads, T, D). A
-*row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
+THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads,
+G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
+columns of a page table (a row's list of pages), N pages in the pool. Tensors are (B, heads, T, D).
+A *row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
 A *place* is an index in a row's list of pages, a *slot* an index in the pool.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
