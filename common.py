@@ -183,6 +183,7 @@ def check_number(path, key, value, low, high=math.inf, whole=False):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary name to write to: renamed to `path` at the block's end, removed on failure."""
+    check_replaceable(path)
     part = f"{path}.part"
     try:
         yield part
@@ -205,14 +206,21 @@ def write_text(path, text):
         Path(part).write_text(text, encoding="utf-8")
 
 
+def check_replaceable(path):
+    """UserError if something else than a file is there: a rename would destroy a device."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} cannot be written: it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} cannot be written: it is not a regular file")
+
+
 def check_writable(path):
     """UserError now, rather than after the work, if a file cannot be written at path."""
     path = str(path)
     folder = os.path.dirname(path) or "."
     if not path or "\0" in path:
         raise UserError(f"{quoted(path)} is no name for a file")
-    if os.path.isdir(path):
-        raise UserError(f"{path} cannot be written: it is a folder")
+    check_replaceable(path)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written: {folder} is no folder that can be written to")
 

@@ -1775,6 +1775,16 @@ print(json.dumps({
 """
 
 
+def test_only_regular_files_are_replaced(tmp_path):
+    """`--show-kept /dev/null`, as root: a rename would put a file in the place of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        refused(lambda: common.check_writable(path), str(path))
+        refused(lambda: common.write_text(path, "text"), str(path))
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_full_and_closed_streams(tmp_path, prompt):
     """Faults: tracebacks, status 0 or 120, remarks on stdout, where only the answer belongs."""
