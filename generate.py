@@ -668,7 +668,7 @@ class Session:
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
         if f["kept_share"] > 1:
-            say("         (more than dense: the window alone has room for more tokens)")
+            say("         (more than dense: whole pages and tables cost more than was refused)")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
             say(json.dumps(f))

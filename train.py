@@ -927,13 +927,18 @@ def run(args, config):
     done = files.load() if args.resume and state_exists else 0
     micro_batches, estimate = plan_micro_batches(model, gates, config)
     make_sample, make_held_out = make_samples(args.data, documents, config, model, text)
+    with_table = config.tasks or not args.data or is_bundled(args)
+    if with_table and args.data:
+        make_haystack(read_prose(args.data), args.data)     # a text it refuses is refused now
 
     say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
     if max(config.seq_len) > positions:
         say(f"warning: --seq-len {max(config.seq_len)}, and {args.model} was trained for "
             f"{positions:,} positions")
-    if args.resume:
+    if args.resume and state_exists:
         say(f"{files.resume_path}: continuing after step {done}")
+    elif args.resume:
+        say(f"{files.resume_path} is not there: starting at step 1")
     elif state_exists:
         say(f"{files.resume_path} is there, from a run that was not completed: it will be "
             "overwritten (--resume would continue it)")
@@ -950,7 +955,7 @@ def run(args, config):
             return 130
         files.log(dict(validation=validate(model, gates, make_held_out, config)))
         os.unlink(files.resume_path)
-    if config.tasks or not args.data or is_bundled(args):
+    if with_table:
         final_table(model, text, gates, args, config)
     return 0
 
