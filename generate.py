@@ -13,6 +13,7 @@ The file is in the order of a run: text in, tokens, prefill, decode, text out, r
 Three passages say "skip at first reading". The loop that every language model runs is in `prefill`
 and `decode`.
 """
+import argparse
 import base64
 import contextlib
 import functools
@@ -30,7 +31,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
                     drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    read_json, read_text, reading, real, run_program, say, whole, write_text)
+                    quoted, read_json, read_text, reading, real, run_program, say, whole,
+                    write_text)
 from model import Llama, find_folder
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission
 
@@ -339,7 +341,6 @@ def prefill(model, kv, prompts, chunk=4096, advance=lambda tokens: None):
 # ------------------------------------------------------------------------------------------ decode
 
 LAG = 3                 # decode steps that the host starts before it reads the token of the first
-STRETCH = 1024          # steps on a GPU between two requests for memory
 FEW_STEPS = 8           # up to so many, capturing a CUDA graph costs more than it saves
 
 
@@ -364,10 +365,9 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
             while started < steps - 1 and len(pending) <= ahead:
                 # On a GPU no step may ask for memory, so we ask before, but not for all steps:
                 # a reply can be much shorter than its limit. A CPU makes room step by step.
-                if kv.capturable and started % STRETCH == 0:
+                if kv.capturable and started % kv.most_steps == 0:
                     room.close()
-                    room.enter_context(kv.reserve(min(STRETCH, steps - 1 - started)))
-                    loop.start_over()
+                    room.enter_context(kv.reserve(min(kv.most_steps, steps - 1 - started)))
                 loop.run()
                 pending.append(HostCopy(loop.token))
                 started += 1
@@ -396,12 +396,8 @@ class DecodeStep:
         self.alive = self.no_end()                              # (B,) bool
         self.use_graph = use_graph and kv.capturable
         self.choice_in_graph = choose is None                   # a sampler's state is on the host
-        self.start_over()
-
-    def start_over(self):
-        """Forget the graph: the cache may have moved, and a graph holds addresses."""
         self.graph = None
-        self.warm = False
+        self.moves = None           # of the cache, at the last step
 
     def no_end(self):
         """Which of the current ids are no end tokens: (B,) bool."""
@@ -409,7 +405,11 @@ class DecodeStep:
 
     def run(self):
         """Take a step: the first plainly, because it compiles kernels, the others by the graph."""
-        if self.use_graph and self.warm and self.graph is None:
+        moved = self.kv.moves != self.moves
+        if moved:
+            self.graph = None               # it holds addresses that have changed
+            self.moves = self.kv.moves
+        elif self.use_graph and self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):                  # records, runs nothing
                 self.body()
@@ -419,14 +419,14 @@ class DecodeStep:
             self.body()
         if not self.choice_in_graph:
             self.pick()
-        self.warm = True
 
     def body(self):
         """What the graph holds."""
         on_cpu = self.token.device.type == "cpu"
         all_alive = on_cpu and bool(self.alive.all())           # a GPU would have to be waited for
         lengths = None if all_alive else self.alive.long()      # (B,) 1 or 0 valid tokens
-        hidden = self.model(self.token[:, None], self.kv, lengths)      # (B, 1, hidden_size)
+        with self.kv.decoding():
+            hidden = self.model(self.token[:, None], self.kv, lengths)  # (B, 1, hidden_size)
         self.logits.copy_(self.model.logits(hidden[:, 0]))
         if self.choice_in_graph:
             self.pick()
@@ -565,7 +565,8 @@ class Session:
             self.kv = DenseCache(self.model, len(texts))
         else:
             admission, self.gates = make_admission(args, self.model)
-            self.kv = DualCache(self.model, admission, len(texts), tau=args.tau)
+            self.kv = DualCache(self.model, admission, len(texts), tau=args.tau,
+                                budget=self.budget(), evict_by=args.evict, select=args.select)
         self.choose = None
         if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
@@ -574,6 +575,16 @@ class Session:
         self.first_use_s = warm_up(self.model, self.kv)
         self.prompt_tokens = self.new_tokens = 0
         self.prefill_s = self.decode_s = 0.0
+
+    def budget(self):
+        """--budget in bytes. A share is one of what a dense cache would hold at the end."""
+        budget = self.args.budget
+        if isinstance(budget, float):
+            tokens = sum(len(prompt) + self.args.max_new_tokens for prompt in self.prompts)
+            c = self.model.config
+            numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens       # of K and V
+            budget = int(budget * numbers * self.model.dtype.itemsize)
+        return budget
 
     def encode(self, text):
         """The ids of the next turn."""
@@ -645,13 +656,17 @@ class Session:
         """What --json prints."""
         kept = self.kv.kept_bytes()
         dense = self.kv.dense_bytes()
+        evictions = {}
+        if self.args.budget is not None:
+            evictions = dict(evicted_tokens=self.kv.num_evicted, evictions=self.kv.num_evictions,
+                             final_tau=self.kv.tau_now)
         return dict(
             prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
             first_use_s=round(self.first_use_s, 4), prefill_s=round(self.prefill_s, 4),
             decode_s=round(self.decode_s, 4), kept_share=round(kept / max(dense, 1), 4),
             kept_bytes=kept, dense_bytes=dense, peak_bytes=peak_bytes(self.model.device),
             model=self.args.model, gates=self.gates, device=str(self.model.device),
-            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed)
+            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed, **evictions)
 
     def report(self):
         """The figures, for people."""
@@ -669,6 +684,9 @@ class Session:
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
         if f["kept_share"] > 1:
             say("         (more than dense: whole pages and tables cost more than was refused)")
+        if self.args.budget is not None:
+            say(f"evicted  {self.kv.num_evicted:8,} tokens, counted in each layer and head, at "
+                f"{self.kv.num_evictions} times; tau is {self.kv.tau_now:.3g} now")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
             say(json.dumps(f))
@@ -743,6 +761,14 @@ def parse(argv):
     group.add_argument("--tau", type=real(0, 1), metavar="T",
                        help="admit where a gate is at least T (default: as the gate file says)")
     group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
+    group.add_argument("--budget", type=size_or_share, metavar="SIZE",
+                       help="never hold more: bytes as in 256MiB, or a share of a dense cache, as "
+                       "in 10%%")
+    group.add_argument("--evict", choices=("gate", "snapkv"), default="gate",
+                       help="what goes when the budget is full: the tokens of the lowest gate (the "
+                       "default), or those that the last 256 queries attended to least")
+    group.add_argument("--select", type=whole(1), metavar="N",
+                       help="in decode, attend to at most N tokens of each layer and head")
     group.add_argument("--chunk", type=whole(1), default=4096, metavar="N",
                        help="prefill N tokens at once; fewer need less memory (default: 4096)")
     group = parser.add_argument_group("decoding")
@@ -771,15 +797,37 @@ def admission_rule(text):
     return real(0, 1)({"all": "1", "none": "0"}.get(text, text))
 
 
+SIZE = re.compile(r"(\d+(?:\.\d*)?) ?(?:([KMGT]i?)?B?|(%))", re.IGNORECASE)
+
+
+def size_or_share(text):
+    """The type of --budget: bytes as an int, or a share as a float."""
+    match = SIZE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} is no size like 256MiB and no share like 10%")
+    number, unit, percent = float(match[1]), (match[2] or "").upper(), match[3]
+    if percent:
+        return number / 100
+    base = 1024 if unit.endswith("I") else 1000
+    return int(number * base ** " KMGT".index(unit[:1] or " "))
+
+
 def refuse_clashes(args):
     """UserError for options that do not go together, before anything slow."""
     several = args.prompt is not None and len(args.prompt) > 1
     own_admission = args.gates is not None or args.admit != "gates" or args.tau is not None
+    other_primitives = args.budget is not None or args.select is not None
     if several and (args.interactive or args.show_kept is not None):
         raise UserError("--interactive and --show-kept go with one prompt, not with several")
-    if args.dense and (own_admission or args.show_kept is not None):
-        raise UserError("--dense keeps everything: --gates, --admit, --tau and --show-kept do not "
-                        "go with it")
+    if args.dense and (own_admission or other_primitives or args.show_kept is not None):
+        raise UserError("--dense keeps everything: --gates, --admit, --tau, --budget, --select and "
+                        "--show-kept do not go with it")
+    if args.interactive and isinstance(args.budget, float):
+        raise UserError("--budget as a share needs to know how long the text will be, and with "
+                        "--interactive nobody does: give it in bytes, like 256MiB")
+    if args.evict != "gate" and args.budget is None:
+        raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
     if args.top_p < 1 and args.temperature < COLDEST:
         raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
     if args.show_kept is not None:

@@ -5,6 +5,7 @@
     write_kv                        decode: the new token into its row
     prefill_attention               many new tokens over pages and band (stripes and slash), exact
     plan_decode, decode_attention   one new token a sequence over ragged rows of pages
+    bound_pages, select_pages       selection: which pages a step of decode attends to
     add_norm, silu_product          other parts of a layer that are worth fusing
     soft_attention                  the student's attention in training, with its gradients
 
@@ -304,12 +305,14 @@ def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, ban
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts, free, num_free,
-                           num_tokens, num_new, tau, W, R, columns, Hkv, table_l, counts_l,
-                           D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+                           num_tokens, num_new, tau, low, high, W, R, columns, Hkv, table_l,
+                           counts_l, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+                           BOUNDS: tl.constexpr):
     """One program: one row of one layer. Its oldest token leaves the ring: to the pages, or gone.
 
     Grid (B Hkv, L). page_table (L, B, Hkv, M) and counts (L, B, Hkv) may be views of some
-    sequences: table_l and counts_l are their strides from layer to layer.
+    sequences: table_l and counts_l are their strides from layer to layer. tau is read from
+    memory, since eviction raises it between the steps of a captured graph.
     """
     row = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
@@ -321,7 +324,7 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
         place = position % W
         source = tl.load(page_table + place // P).to(tl.int64) * P + place % P
         g = tl.load(page_g + source)
-        if g >= tau:
+        if g >= tl.load(tau):
             n = tl.load(counts)
             if n % P == 0:                      # its last page is full, or it has none
                 take_pages(free, num_free, page_table + R, (n // P).to(tl.int32),
@@ -333,20 +336,27 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
             tl.store(page_g + target, g)
             tl.store(page_pos + target, (position - W).to(tl.int32))
             tl.store(counts, n + 1)
+            if BOUNDS:
+                if n % P == P - 1:              # this token fills its page
+                    tl.debug_barrier()          # all threads see its key
+                    bound_page(page_k, low, high, target // P, D, DP, P)
 
 
 def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
     """Decode: promote what one new token a sequence pushes out of all layers' rings, in one launch.
 
     page_table (L, B, Hkv, M) and counts (L, B, Hkv), updated in place; num_tokens, num_new (B)
-    int64. The pool must hold a free page for each row. Twin: wgkv.DualCache.promote_leaving.
+    int64; tau (1) fp32. The pool must hold a free page for each row. Twin:
+    wgkv.DualCache.promote_leaving.
     """
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape
+    bounds = "low" in pool.names
     promote_leaving_kernel[(B * Hkv, L)](
         pool.k, pool.v, pool.g, pool.pos, page_table, counts, pool.free, pool.num_free, num_tokens,
-        num_new, tau, window, triton.cdiv(window, P), page_table.stride(2), Hkv,
-        page_table.stride(0), counts.stride(0), D=D, DP=triton.next_power_of_2(D), P=P, num_warps=1)
+        num_new, tau, pool.low if bounds else pool.k, pool.high if bounds else pool.k, window,
+        triton.cdiv(window, P), page_table.stride(2), Hkv, page_table.stride(0), counts.stride(0),
+        D=D, DP=triton.next_power_of_2(D), P=P, BOUNDS=bounds, num_warps=1)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -755,6 +765,140 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
         plan.window, G=G, GP=GP, D=D, DP=DP,
         P=page_k.shape[1], GM=GM, COMBINE=combine_at_once, num_warps=4,
         num_stages=6 if on_hopper(q) else stages(DP, q.dtype))
+    return out
+
+
+# ------------------------------------------------------------------------------------ selection
+# Quest (arXiv 2406.10774): see wgkv.py. For the keys k of a page whose channels lie between low
+# and high, q . k <= sum over d of max(q_d low_d, q_d high_d).
+
+@triton.jit
+def bound_page(page_k, low, high, page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+    """The channelwise least and largest key of a full page, 16 keys at a time."""
+    d = tl.arange(0, DP)
+    least = tl.full([DP], float("inf"), tl.float32)
+    most = tl.full([DP], -float("inf"), tl.float32)
+    for start in range(0, P, 16):
+        slot = page.to(tl.int64) * P + start + tl.arange(0, 16)
+        K = tl.load(page_k + slot[:, None] * D + d[None, :], (d < D)[None, :], 0.).to(tl.float32)
+        least = tl.minimum(least, tl.min(K, 0))
+        most = tl.maximum(most, tl.max(K, 0))
+    tl.store(low + page.to(tl.int64) * D + d, least.to(low.dtype.element_ty), d < D)
+    tl.store(high + page.to(tl.int64) * D + d, most.to(high.dtype.element_ty), d < D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bound_pages_kernel(page_k, low, high, page_table, before, after, columns, R,
+                       D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+    """One program: one page that became full as its row went from `before` to `after` tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.load(before + row) // P + tl.program_id(1)
+    if column < tl.load(after + row) // P:
+        page = tl.load(page_table + row * columns + R + column)
+        bound_page(page_k, low, high, page, D, DP, P)
+
+
+def bound_pages(pool, page_table, before, after, R):
+    """Compute the bounds of pages that have become full. Twin: wgkv.DualCache.bound_pages.
+
+    page_table (..., M) int32; before, after (...) int64: tokens of each row, all contiguous.
+    """
+    _, P, D = pool.k.shape
+    columns = page_table.shape[-1]
+    if columns > R:
+        bound_pages_kernel[(after.numel(), columns - R)](
+            pool.k, pool.low, pool.high, page_table, before, after, columns, R, D=D,
+            DP=triton.next_power_of_2(D), P=P, num_warps=1)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def page_bounds_kernel(q, low, high, page_table, counts, bounds, columns, R, G: tl.constexpr,
+                       D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
+    """The largest bound of the G queries of a row for its full pages. One program: BC of a row's.
+
+    bounds (rows, columns - R) fp32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    full = tl.load(counts + row) // P
+    if tl.program_id(1) * BC < full:
+        d = tl.arange(0, DP)
+        page = tl.load(page_table + row * columns + R + column, column < full, 0).to(tl.int64)
+        here = (column < full)[:, None] & (d < D)[None, :]
+        offsets = page[:, None] * D + d[None, :]
+        least = tl.load(low + offsets, here, 0.).to(tl.float32)             # (BC, DP)
+        most = tl.load(high + offsets, here, 0.).to(tl.float32)
+        best = tl.full([BC], -float("inf"), tl.float32)
+        for g in tl.static_range(G):
+            Q = tl.load(q + (row * G + g) * D + d, d < D, 0.).to(tl.float32)[None, :]
+            best = tl.maximum(best, tl.sum(tl.maximum(Q * least, Q * most), 1))
+        tl.store(bounds + row * (columns - R) + column, best, column < full)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def choose_pages_kernel(bounds, page_table, counts, out, columns, R, CHOSEN: tl.constexpr,
+                        BC: tl.constexpr, P: tl.constexpr):
+    """One program: one row. Its ring, and of its other pages the CHOSEN best, in their order.
+
+    The last, partial page is always among them. Among equal bounds the older pages win.
+    BC >= columns - R.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BC)
+    page_table += row * columns
+    out += row * (R + CHOSEN)
+    count = tl.load(counts + row)
+    full = count // P
+    used = c < tl.cdiv(count, P)
+
+    # As integers, floats from 0 on are in their order; of a negative one all bits but the sign
+    # are flipped, so that a larger one is a larger integer.
+    x = tl.load(bounds + row * (columns - R) + c, c < full, 0.).to(tl.int32, bitcast=True)
+    x = tl.where(x < 0, x ^ 0x7FFFFFFF, x).to(tl.int64)
+    x = tl.where(c < full, x, 2**31 - 1)                # the partial page
+    x = tl.where(used, x, -2**31 - 1)                   # no page
+
+    # The CHOSEN-th largest: the largest number that CHOSEN pages reach, by bisection.
+    lowest = tl.full([], -2**31 - 1, tl.int64)
+    highest = tl.full([], 2**31 - 1, tl.int64)
+    for _ in range(33):
+        middle = (lowest + highest + 1) >> 1
+        enough = tl.sum((x >= middle).to(tl.int32), 0) >= CHOSEN
+        lowest = tl.where(enough, middle, lowest)
+        highest = tl.where(enough, highest, middle - 1)
+    better = (used & (x > lowest)).to(tl.int32)
+    tied = (used & (x == lowest)).to(tl.int32)
+    fits = tl.cumsum(tied, 0) <= CHOSEN - tl.sum(better, 0)
+    take = better + tl.where(fits, tied, 0)
+
+    place = tl.cumsum(take, 0) - 1
+    page = tl.load(page_table + R + c, used, 0)
+    tl.store(out + R + place, page, take > 0)
+    for start in range(0, R, 32):
+        i = start + tl.arange(0, 32)
+        tl.store(out + i, tl.load(page_table + i, i < R, 0), i < R)
+
+
+def select_pages(q, pool, page_table, counts, R, chosen):
+    """The page tables (B, Hkv, R + chosen) int32 of what one query a head attends to.
+
+    q (B, Hq, 1, D) contiguous, page_table (B, Hkv, M) int32 and counts (B, Hkv) int64 of a layer.
+    Unused entries are 0. Twin: wgkv.DualCache.select_pages.
+    """
+    B, Hkv, _ = page_table.shape
+    rows = B * Hkv
+    _, P, D = pool.k.shape
+    columns = page_table.stride(1)
+    out = page_table.new_zeros(B, Hkv, R + chosen)
+    bounds = torch.empty(rows, columns - R, device=q.device, dtype=torch.float32)
+    G = q.shape[1] // Hkv
+    BC = 16
+    page_bounds_kernel[(rows, max(1, triton.cdiv(columns - R, BC)))](
+        q, pool.low, pool.high, page_table, counts, bounds, columns, R, G=G, D=D,
+        DP=triton.next_power_of_2(D), BC=BC, P=P, num_warps=4)
+    choose_pages_kernel[(rows,)](
+        bounds, page_table, counts, out, columns, R, CHOSEN=chosen,
+        BC=max(16, triton.next_power_of_2(columns - R)), P=P, num_warps=8)
     return out
 
 

@@ -23,6 +23,14 @@ Triton's interpreter, and the tests of half precision are skipped.
     reserved room is enough, and is made once               reserve
     a cache is freed as soon as it is dropped               freed
 
+    Eviction and selection
+    every call sees what is held, and of it what is chosen  held_and_selected
+    a budget is a tau that rises, and it holds              budget_is_a_rising_tau
+    the tokens of lowest score go, the oldest of equals     best_tokens
+    SnapKV's scores are its formula                         snapkv_scores
+    what changes nothing changes no bit                     changes_no_bit
+    budgets and selections that cannot work are refused     too_small
+
     Bytes
     kept bytes are right, pages hold what was promoted      bytes_and_positions
     what is reserved stays near what is kept                reserved_stays_near
@@ -140,9 +148,9 @@ class Definition:
         pass
 
 
-def bare(L=2, Hkv=2, D=16, dtype=torch.float32):
+def bare(L=2, Hkv=2, D=16, dtype=torch.float32, G=1):
     """As much of a model as a cache asks for."""
-    config = SimpleNamespace(num_layers=L, num_kv_heads=Hkv, head_dim=D)
+    config = SimpleNamespace(num_layers=L, num_kv_heads=Hkv, head_dim=D, num_heads=Hkv * G)
     return SimpleNamespace(config=config, device=torch.get_default_device(), dtype=dtype)
 
 
@@ -604,6 +612,249 @@ def test_a_cache_is_freed_at_once(kind, gpu):
         assert [ref() for ref in alive] == [None, None, None]
     finally:
         gc.enable()
+
+
+# -------------------------------------------------------------------------- eviction and selection
+
+class Watched(DualCache):
+    """A cache that compares each output with dense attention over what its queries should see.
+
+    It remembers all keys and values itself, and takes from the cache only the positions in pages.
+    """
+
+    def attend(self, layer, q, k, v, cos, sin):
+        y = super().attend(layer, q, k, v, cos, sin)
+        assert self.base.most_pages is None or q.shape[2] == 1 or in_use(self) <= self.base.most_pages
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        for b, (before, n) in enumerate(zip(self.num_tokens.tolist(), self.num_new.tolist())):
+            if n == 0:
+                continue
+            history = self.base.__dict__.setdefault("history", {})
+            old_k, old_v = history.get((layer, self.first + b), (k[b, :, :0], v[b, :, :0]))
+            keys = torch.cat((old_k[:, :before], k[b, :, :n]), dim=1)           # (Hkv, S, D)
+            values = torch.cat((old_v[:, :before], v[b, :, :n]), dim=1)
+            history[layer, self.first + b] = keys, values
+            S = before + n
+            held = torch.zeros(self.Hkv, S, dtype=torch.bool)
+            for h in range(self.Hkv):
+                pos = self.row(self.pool.pos, layer, b, h).long()
+                assert (pos.diff() > 0).all() and (pos <= S - 1 - self.window).all()
+                group = q[b].view(self.Hkv, -1, *q.shape[2:])[h, :, 0]          # (G, D)
+                if self.base.in_decode and q.shape[2] == 1 and self.most_selected is not None:
+                    pos = chosen_by_hand(pos, keys[h], group, self.most_selected)
+                held[h, pos] = True
+            i = torch.arange(before, S)[:, None]
+            j = torch.arange(S)
+            mask = (j <= i) & ((i - j < self.window) | held[:, None])           # (Hkv, n, S)
+            want = dense_attention(q[b:b + 1, :, :n], keys[None], values[None], mask[None])
+            equal(y[b:b + 1, :, :n], want, f"layer {layer}, sequence {b}, {n} tokens at {before}")
+        return y
+
+    def end(self):
+        super().end()
+        assert self.base.most_pages is None or self.base.kept_bytes() <= self.base.budget
+        check_pages(self.base)
+
+
+def in_use(cache):
+    return int(pages_for(cache.base.counts).sum())
+
+
+def chosen_by_hand(pos, keys, q, most):
+    """The positions of a row's promoted tokens that queries q (G, D) attend to: `most` pages.
+
+    pos (count): of its promoted tokens; keys (S, D): all keys of the text.
+    """
+    bounds = []
+    pages = pos.split(P)
+    for n, page in enumerate(pages):
+        k = keys[page]                                                  # (P, D)
+        bound = torch.maximum(q * k.amin(0), q * k.amax(0)).sum(-1).max().item()
+        bounds.append((-math.inf if len(page) < P else -bound, n))      # a partial page comes first
+    best = sorted(n for _, n in sorted(bounds)[:most])
+    return torch.cat([pages[n] for n in best]) if best else pos
+
+
+def watched(g, window, pages=None, Hkv=2, D=16, G=2, **settings):
+    """A Watched cache whose budget has room for so many pages."""
+    model = bare(len(g), Hkv, D, G=G)
+    budget = None
+    if pages is not None:
+        free = DualCache(model, Replay(g, window), g.shape[1], budget=2**40, **settings)
+        budget = free.fixed_bytes() + pages * free.page_bytes()
+    cache = Watched(model, Replay(g, window), g.shape[1], budget=budget, **settings)
+    cache.budget = budget
+    return cache
+
+
+@pytest.mark.parametrize("path, W, pages, select, evict_by", [
+    ("pytorch", 20, 17, None, "gate"), ("pytorch", 20, 30, 192, "gate"),
+    ("pytorch", 64, 22, 256, "snapkv"), ("pytorch", 65, 30, None, "snapkv"),
+    ("pytorch", 100, None, 256, "gate"), ("triton", 20, 17, 192, "gate"),
+    ("triton", 65, 18, 256, "snapkv")])
+def test_every_call_sees_what_is_held_and_selected(path, W, pages, select, evict_by, request,
+                                                   monkeypatch, gpu):
+    """Prefills, steps, pauses, views, resets and clones, under a budget and a selection.
+
+    Faults: a token moved to a wrong place, bounds that eviction or a refilled page left behind, a
+    query that sees what has just been evicted, more bytes than the budget.
+    """
+    if path == "triton":
+        kernels = request.getfixturevalue("kernels")
+        monkeypatch.setattr(wgkv, "kernels_for", lambda x: PoisonedKernels(kernels, 3))
+    elif DEVICE.type == "cuda":
+        monkeypatch.setattr(wgkv, "kernels_for", lambda x: None)
+    torch.manual_seed(W)
+    rng = random.Random(W)
+    steps = 70 if path == "pytorch" or DEVICE.type == "cuda" else 4
+    qkv = random_qkv(2, 2, 2, 1500, 2)
+    g = torch.rand(2, 2, 2, 1500)
+    cache = watched(g, W, pages, select=select, evict_by=evict_by)
+    feed(cache, qkv, [[3, 0], [1, 1], [280, 300], [1, 1], [0, 1], [66, 2], [1, 0]])
+    with cache.decoding():
+        feed(cache, qkv, [[1, 1]] * steps + [[1, 0], [0, 1], [130, 1]])
+    clone = cache.clone()
+    clone.history = dict(cache.history)
+    for turn in (clone, cache):
+        feed(turn, qkv, ragged([rng.randint(5, 80) for _ in range(2)], rng))
+        with turn.decoding():
+            feed(turn, qkv, [[1, 1]] * steps)
+        one = turn.sequences(1)
+        one.admission = Replay(g[:, 1:], W)
+        if turn is cache:
+            one.reset()
+        feed(one, [x[:, 1:] for x in qkv], [[150], [1]])
+        with turn.decoding():
+            feed(one, [x[:, 1:] for x in qkv], [[1]] * (steps // 2))
+            feed(turn, qkv, [[1, 1]] * 3)
+    assert (cache.num_evictions > 1) == (pages is not None)
+    cache.reset()
+    assert (cache.num_evictions, cache.tau_now) == (0, TAU)
+    feed(cache, qkv, [[200, 90], [1, 1]])
+
+
+@pytest.mark.parametrize("plan", ([[900]], [[100]] * 9, [[1]] * 900, [[500], *[[1]] * 300, [100]]))
+def test_a_budget_is_a_rising_tau(plan, gpu):
+    """What is held is what admission at the risen tau had promoted; later calls are the definition.
+
+    Every gate is another number. The first tokens, which stay as sinks, have gates of 1.
+    """
+    torch.manual_seed(len(plan))
+    S = 1000
+    qkv = random_qkv(2, 1, 2, S)
+    g = (torch.randperm(4 * S).float() / (4 * S)).view(2, 1, 2, S)
+    g[..., :wgkv.SINKS] = 1.0
+    cache = watched(g, 40, 22)
+    for new in plan:
+        feed(cache, qkv, [new])
+    tau = cache.tau_now
+    assert cache.num_evictions > 0 and tau > 0.3
+    assert cache.num_evicted > 0
+    assert torch.equal(cache.admitted(), (g[:, 0, :, :900] >= tau).cpu())
+
+    want = feed(Definition(Replay(g, 40, tau)), qkv, [[S]])
+    for rest in ([[40]], [[1]] * 40):
+        later = cache.clone()
+        later.history = dict(cache.history)
+        later.set_budget(2**30)                 # from now on there is room
+        later.budget = 2**30
+        got = feed(later, qkv, rest)
+        equal(got[:, :, :, 900:940], want[:, :, :, 900:940])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_tokens(seed, gpu):
+    """The tokens of lowest score go one after the other, of equals the oldest, until it fits."""
+    rng = random.Random(seed)
+    values = [0.0, 0.25, 0.5, 1.0, math.inf] if seed % 2 else [rng.random() for _ in range(999)]
+    rows = 3
+    counts = [rng.randint(0, 300) for _ in range(rows)]
+    row, scores, pos, tokens = [], [], [], []
+    for r, count in enumerate(counts):
+        for start in range(0, count, P):
+            row.append(r)
+            here = [rng.choice(values) for _ in range(min(P, count - start))]
+            where = list(range(start * rows + r, (start + len(here)) * rows, rows))
+            tokens += zip(here, where, [r] * len(here))
+            scores.append(here + [-1.0] * (P - len(here)))
+            pos.append(where + [7] * (P - len(where)))
+    for target in {sum(map(pages_for, counts)) - n for n in (1, 2, 5)}:
+        left = sorted(tokens)
+        while sum(pages_for(sum(r == t[2] for t in left)) for r in range(rows)) > target:
+            gone = left.pop(0)
+        keep, cut = wgkv.best_tokens(torch.tensor(scores), torch.tensor(pos, dtype=torch.int32),
+                                     torch.tensor(row), rows, target)
+        got = {int(where) for where in torch.tensor(pos)[keep]}
+        assert got == {where for _, where, _ in left}
+        some_stay = any(score == torch.tensor(gone[0]) for score, _, _ in left)
+        assert (cut == torch.tensor(gone[0])) if some_stay else cut > gone[0]
+
+
+def test_snapkv_scores(gpu):
+    """Softmax over a row's held keys, largest of the group, mean of 256 queries, largest of 5."""
+    torch.manual_seed(4)
+    D, G, W = 16, 3, 20
+    for S in (90, 400):
+        qkv = random_qkv(1, 2, 2, S, G, D)
+        g = torch.rand(1, 2, 2, S)
+        cache = watched(g, W, 40, G=G, evict_by="snapkv")
+        feed(cache, qkv, [[S - 30, S - 70]] + [[1, 1]] * 30)
+        cos, sin = angles(torch.arange(S)[None], D)
+        q = rotate(qkv[0][0], cos, sin)
+        k = rotate(qkv[1][0], cos, sin)
+        pages = torch.cat([cache.page_table[0, b, h, cache.R:][:pages_for(cache.counts[0, b, h])]
+                           for b in range(2) for h in range(2)]).long()
+        scores = wgkv.snapkv_scores(cache, pages)
+        start = 0
+        for b, n in enumerate((S, S - 40)):
+            last = q[b, :, max(0, n - 256):n].view(2, G, -1, D)
+            for h in range(2):
+                pos = cache.row(cache.pool.pos, 0, b, h).long()
+                weights = (last[h] @ k[b, h, pos].T / D ** 0.5).softmax(-1)     # (G, n, count)
+                mean = weights.max(0).values.mean(0)
+                want = [mean[max(0, x - 2):x + 3].max() for x in range(len(pos))]
+                stop = start + pages_for(len(pos))
+                equal(scores[start:stop].flatten()[:len(pos)], torch.stack(want))
+                start = stop
+
+
+@pytest.mark.parametrize("evict_by", ("gate", "snapkv"))
+def test_what_changes_nothing_changes_no_bit(evict_by, gpu):
+    """A budget that is never reached, a selection of everything; and one split gives one result."""
+    torch.manual_seed(8)
+    qkv = random_qkv(2, 2, 2, 420, 2)
+    g = torch.rand(2, 2, 2, 420)
+    plan = [[200, 170], *[[1, 1]] * 70, [30, 12], *[[1, 0]] * 9]
+
+    def outputs(**settings):
+        model = bare(G=2)
+        cache = DualCache(model, Replay(g, 30), 2, **settings)
+        with cache.decoding():
+            return feed(cache, qkv, plan), cache
+
+    want, cache = outputs()
+    roomy, _ = outputs(budget=2**30, evict_by=evict_by, select=4096)
+    assert torch.equal(roomy, want)
+    tight = cache.fixed_bytes() + 22 * cache.page_bytes()
+    if evict_by == "snapkv":            # 256 queries of 4 heads of 16 numbers, and their number
+        tight += 2 * 2 * (4 * 256 * 16 * 4 + 8)
+    first, cache = outputs(budget=tight, evict_by=evict_by)
+    again, _ = outputs(budget=tight, evict_by=evict_by)
+    assert cache.num_evictions > 0 and torch.equal(first, again) and not torch.equal(first, want)
+
+
+def test_too_small_budgets_and_selections(gpu):
+    """Faults: a bound that cannot hold. The message names what can."""
+    g = torch.rand(2, 1, 2, 10)
+    for settings in ({}, dict(evict_by="snapkv"), dict(select=256)):
+        model = bare(G=2)
+        least = watched(g, 70, 8, **settings).budget        # two pages for each of four rows
+        DualCache(model, Replay(g, 70), budget=least, **settings)
+        refused(lambda: DualCache(model, Replay(g, 70), budget=least - 1, **settings),
+                f"{least - 1:,}", f"{least:,}")
+    DualCache(bare(), Replay(g, 70), select=3 * P)
+    refused(lambda: DualCache(bare(), Replay(g, 70), select=3 * P - 1), "191", "192")
 
 
 # -------------------------------------------------------------------------------------------- bytes

@@ -269,6 +269,7 @@ class PagePool:
         k, v (N, P, D)         keys after RoPE, and values
         g    (N, P) fp32       the token's gate, needed again when it leaves the ring
         pos  (N, P) int32      its position, for pictures and tests (g and pos together: 8 bytes)
+        low, high (N, D)       channelwise least and largest key of a full page, for selection only
         free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
 
     Slots count through all pages: slot p * P + i is the i-th of page p. Page 0 is a dummy that
@@ -276,8 +277,13 @@ class PagePool:
     what it finds is masked.
     """
 
-    def __init__(self, D, dtype, device):
+    def __init__(self, D, dtype, device, bounds=False):
         self.D = D
+        self.names = ["k", "v", "g", "pos", "free"]         # tensors with an entry for each page
+        if bounds:
+            self.names += ["low", "high"]
+            self.low = torch.zeros(1, D, dtype=dtype, device=device)
+            self.high = torch.zeros(1, D, dtype=dtype, device=device)
         self.k = torch.zeros(1, P, D, dtype=dtype, device=device)
         self.v = torch.zeros(1, P, D, dtype=dtype, device=device)
         self.g = torch.zeros(1, P, dtype=torch.float32, device=device)
@@ -286,7 +292,7 @@ class PagePool:
         self.num_free = torch.zeros(1, dtype=torch.int32, device=device)
 
     def tensors(self):
-        return {name: getattr(self, name) for name in ("k", "v", "g", "pos", "free", "num_free")}
+        return {name: getattr(self, name) for name in (*self.names, "num_free")}
 
     def clone(self):
         other = copy.copy(self)
@@ -297,7 +303,7 @@ class PagePool:
     def grow(self, pages):
         """Add free pages. One tensor is copied at a time, so at most K or V exists twice."""
         old = len(self.k)
-        for name in ("k", "v", "g", "pos", "free"):
+        for name in self.names:
             tensor = getattr(self, name)
             larger = tensor.new_empty(old + pages, *tensor.shape[1:])
             larger[:old] = tensor
@@ -363,6 +369,8 @@ class Cache:
         # (first, count, tokens): these sequences have pages for so many more tokens each.
         self.room = (0, batch, 0)
         self.in_call = None         # the sequences (first, count) of a call that has not ended
+        self.in_decode = False      # inside `decoding`
+        self.moves = 0              # how often a tensor of the cache was replaced by a larger one
 
     @property
     def base(self):
@@ -372,6 +380,10 @@ class Cache:
     def num_tokens(self):
         """(B) int64: the tokens that each sequence has. `end` adds to it, `reset` clears it."""
         return self.base.all_num_tokens[self.first:self.first + self.B]
+
+    # How many steps one `reserve` can be asked for. (A CUDA graph is captured anew only where
+    # `moves` has changed.)
+    most_steps = 1024
 
     @property
     def capturable(self):
@@ -433,12 +445,25 @@ class Cache:
         kernels, not Python: the check for room in `begin` does not run, and the pool must not
         move under it.
         """
+        assert steps <= self.most_steps, f"{steps} steps reserved, at most {self.most_steps}"
         self.make_room(steps)
         self.set_room(steps)
         try:
             yield
         finally:
             self.set_room(0)        # replayed steps were not counted: ask anew
+
+    @contextlib.contextmanager
+    def decoding(self):
+        """Inside, a one-token call is a step of decode, and selection applies to it.
+
+        Outside it may be a prompt's last chunk, which reads all that the cache holds.
+        """
+        self.base.in_decode = True
+        try:
+            yield
+        finally:
+            self.base.in_decode = False
 
     def reset(self):
         """Forget everything (a view: its sequences)."""
@@ -491,6 +516,7 @@ class DenseCache(Cache):
         if needed <= capacity:
             return
         capacity = pages_for(max(needed, base.expected, capacity + capacity // 4)) * P
+        base.moves += 1
         for layers in (base.k, base.v):
             for layer in range(self.L):         # one at a time: nothing else is held twice
                 layers[layer] = F.pad(layers[layer], (0, 0, 0, capacity - layers[layer].shape[2]))
@@ -574,7 +600,14 @@ class DualCache(Cache):
     17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
     """
 
-    def __init__(self, model, admission, batch=1, window=None, tau=None):
+    def __init__(self, model, admission, batch=1, window=None, tau=None, budget=None,
+                 evict_by="gate", select=None):
+        """budget, evict_by and select add the other two primitives (below: eviction, selection).
+
+        budget: the most bytes that `kept_bytes` may reach. evict_by: the score of the tokens that
+        go first, "gate" or "snapkv". select: the most tokens of a row that a step of decode
+        attends to. UserError if budget or select is too small to work.
+        """
         super().__init__(model, batch)
         self.admission = admission
         self.window = getattr(admission, "window", 256) if window is None else window
@@ -582,12 +615,34 @@ class DualCache(Cache):
         assert self.window >= 1, f"a window of {self.window}: every token must see itself"
         self.R = pages_for(self.window)
 
-        self.pool = PagePool(self.D, self.dtype, self.device)
+        self.most_selected = None       # pages of promoted tokens that decode attends to, in a row
+        if select is not None:
+            self.most_selected = select // P - self.R
+            if self.most_selected < 1:
+                raise UserError(f"selecting {select} tokens is too few: the window's pages and one "
+                                f"more have {(self.R + 1) * P}")
+        self.pool = PagePool(self.D, self.dtype, self.device, bounds=select is not None)
         rings = self.L * batch * self.Hkv * self.R
         self.pool.grow(rings)
         self.all_page_table = self.pool.take(rings).view(self.L, batch, self.Hkv, self.R)
         self.all_counts = torch.zeros(self.L, batch, self.Hkv, dtype=torch.long, device=self.device)
         self.pool.g[self.all_page_table.long()] = -math.inf         # no slot holds a token
+
+        # What it takes to be promoted: tau, or more where a budget has made it rise. On the device
+        # too, where a captured step finds its present value.
+        self.tau_now = self.tau
+        self.tau_on_device = torch.full((1,), self.tau, dtype=torch.float32, device=self.device)
+        self.num_evicted = self.num_evictions = 0       # tokens, and how often some were evicted
+        self.most_pages = None          # of promoted tokens, over all rows
+        self.evict_by = evict_by
+        self.queries = None
+        if budget is not None:
+            if evict_by == "snapkv":
+                heads = model.config.num_heads
+                self.queries = torch.zeros(self.L, batch, heads, QUERIES, self.D, dtype=self.dtype,
+                                           device=self.device)
+                self.num_queries = torch.zeros(self.L, batch, dtype=torch.long, device=self.device)
+            self.set_budget(budget)
 
     @property
     def page_table(self):
@@ -599,6 +654,9 @@ class DualCache(Cache):
 
     def forget(self):
         """Promoted tokens' pages go back to the free stack; rings keep theirs, emptied."""
+        if self.view_of is None:
+            self.num_evicted = self.num_evictions = 0
+            self.raise_tau(self.tau)
         table = self.page_table
         columns = torch.arange(table.shape[3] - self.R, device=self.device)
         used = columns < pages_for(self.counts)[..., None]                  # (L, B, Hkv, M - R)
@@ -615,7 +673,10 @@ class DualCache(Cache):
         assert self.view_of is None, "a view cannot be cloned"
         other = copy.copy(self)
         other.pool = self.pool.clone()
-        for name in ("all_num_tokens", "all_page_table", "all_counts"):
+        names = ["all_num_tokens", "all_page_table", "all_counts", "tau_on_device"]
+        if self.queries is not None:
+            names += ["queries", "num_queries"]
+        for name in names:
             setattr(other, name, getattr(self, name).clone())
         return other
 
@@ -633,17 +694,24 @@ class DualCache(Cache):
         """
         extra = pages_for(tokens)
         base = self.base
+        wanted = self.L * self.B * self.Hkv * extra
+        if base.most_pages is not None:
+            wanted = base.within_budget(wanted, self.B * self.Hkv * extra, evict=tokens <= P)
         asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
                  base.all_num_tokens.max())
         num_free, most, promoted, so_far = torch.stack([n.long() for n in asked]).tolist()
-        wanted = self.L * self.B * self.Hkv * extra
         if num_free < wanted:
             larger = self.pool_size(wanted, promoted, so_far)
+            if base.most_pages is not None:         # a budget's pages, and one layer's beyond them
+                rings = base.L * base.B * self.Hkv * self.R
+                larger = min(larger, 1 + rings + base.most_pages + self.B * self.Hkv * extra)
             self.pool.grow(max(wanted - num_free, larger - len(self.pool.k)))
+            base.moves += 1
         columns = self.R + most + extra
         table = base.all_page_table
         if table.shape[3] < columns:
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
+            base.moves += 1
 
     def pool_size(self, wanted, promoted, so_far):
         """The least size, in pages, of a pool that has to grow.
@@ -681,13 +749,16 @@ class DualCache(Cache):
             # computes. So all layers promote now, in one launch; then all counts are known, and the
             # work of all layers' attention is divided in another.
             if self.kernels:
-                self.kernels.promote_leaving(self.pool, self.page_table, self.counts,
-                                             self.num_tokens, self.num_new, self.window, self.tau)
-                self.plan = self.kernels.plan_decode(self.counts, self.num_tokens, self.num_new,
+                self.kernels.promote_leaving(
+                    self.pool, self.page_table, self.counts, self.num_tokens, self.num_new,
+                    self.window, self.base.tau_on_device)
+                self.plan = self.kernels.plan_decode(self.attended(), self.num_tokens, self.num_new,
                                                      self.R, self.window, P)
             else:
                 self.promote_leaving()
-                self.plan = self.plan_decode()
+                # What a selection reads depends on each layer's queries.
+                if not self.selects():
+                    self.plan = self.plan_decode(self.page_table, self.counts)
         return positions
 
     def promote_leaving(self):
@@ -697,7 +768,7 @@ class DualCache(Cache):
         self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
         leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
         g = self.pool.g.view(-1)[self.slots]                                # (L, B, Hkv, 1)
-        promote_mask = leaving[:, None, None] & (g >= self.tau)
+        promote_mask = leaving[:, None, None] & (g >= self.base.tau_now)
         if promote_mask.any():
             tokens = self.pool.read(self.slots)
             self.promote(self.page_table, self.counts, promote_mask, *tokens)
@@ -717,12 +788,14 @@ class DualCache(Cache):
         need = pages_for(after)[..., None]
         fresh = (have <= column) & (column < need)                  # (N, B, Hkv, M - R)
         table[..., self.R:][fresh] = self.pool.take(int(fresh.sum()))
+        before = counts.clone()
         counts.copy_(after)
 
         layer, b, h, _ = promote_mask.nonzero().unbind(1)
         n = numbers[promote_mask] - 1                               # the token's number in its list
         slots = table[layer, b, h, self.R + n // P].long() * P + n % P
         self.pool.write(slots, *(x[promote_mask] for x in (k, v, g, pos)))
+        self.bound_pages(table, before, counts)
 
     # ------------------------------------------------------------------------------ in each layer
 
@@ -730,6 +803,8 @@ class DualCache(Cache):
         """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
         q, k_rotated = self.rotate(q, k, cos, sin)
         g = self.admission.gate(layer, k, k_rotated, self.positions)        # (B, Hkv, T)
+        if self.base.queries is not None:
+            self.record_queries(layer, q)
         if q.shape[2] == 1:
             return self.decode(layer, q, k_rotated, v, g)
         return self.prefill(layer, q, k_rotated, v, g)
@@ -754,25 +829,37 @@ class DualCache(Cache):
         band_v = torch.cat((ring_v, v), dim=2)
         band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
-        promote_mask = (band_g[:, :, :T] >= self.tau) & valid               # (B, Hkv, T)
+        promote_mask = (band_g[:, :, :T] >= self.base.tau_now) & valid      # (B, Hkv, T)
         # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
         # promoted later in this call stand after them in the list; t still has those in its
         # window, and reads them from the band.
         num_old = counts[..., None] + promote_mask.cumsum(-1)
         band_pos = torch.arange(-W, T, device=self.device) + self.num_tokens[:, None]   # (B, W + T)
         if self.kernels:
+            before = counts.clone()
             self.kernels.promote(self.pool, table, counts, promote_mask, num_old, band_k, band_v,
                                  band_g, band_pos, self.R)
-            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
-                                               table[..., self.R:], num_old, W, self.tau)
+            self.bound_pages(table, before, counts)
         else:
             pos = band_pos[:, None, :T].expand_as(promote_mask)
             leaving = (promote_mask, band_k[:, :, :T], band_v[:, :, :T], band_g[:, :, :T], pos)
             self.promote(table[None], counts[None], *(x[None] for x in leaving))
+
+        if self.base.evict_over_budget():
+            # What is held after that decides, for this call's own queries too.
+            held = self.held_of_band(layer, T)                              # (B, Hkv, T) bool
+            band_g[:, :, :T].masked_fill_(promote_mask, REFUSED).masked_fill_(held, math.inf)
+            num_old = counts[..., None] - held.sum(-1, keepdim=True) + held.cumsum(-1)
+
+        tau = self.base.tau_now
+        if self.kernels:
+            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
+                                               table[..., self.R:], num_old, W, tau)
+        else:
             # Each row's pages as one list: refused keys are neither read nor multiplied.
             old_k = self.all_rows(self.pool.k, layer)
             old_v = self.all_rows(self.pool.v, layer)
-            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, self.tau)
+            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, tau)
 
         # The ring takes the newest W tokens of the band: from index num_new of it on.
         newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
@@ -788,6 +875,9 @@ class DualCache(Cache):
             pool = self.pool
             self.kernels.write_kv(pool.k, pool.v, table, k, v, self.num_tokens, self.num_new,
                                   self.window, pool.g, pool.pos, g)
+            if self.selects():
+                table = self.kernels.select_pages(q, pool, table, self.counts[layer], self.R,
+                                                  self.most_selected)
             return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
         slots = self.slots[layer]                                           # (B, Hkv, 1)
         pos = self.positions[:, None].expand_as(slots)
@@ -795,31 +885,213 @@ class DualCache(Cache):
             active = self.num_new > 0
             slots, k, v, g, pos = (x[active] for x in (slots, k, v, g, pos))
         self.pool.write(slots, k, v, g, pos)
-        pages, owner, masked = (x[layer] for x in self.plan)
+        if self.selects():
+            table = self.select_pages(layer, q)[None]
+            pages, owner, masked = (x[0] for x in self.plan_decode(table, self.attended()[[layer]]))
+        else:
+            pages, owner, masked = (x[layer] for x in self.plan)
         q = q.reshape(self.B * self.Hkv, -1, self.D)                        # (rows, G, D)
         k = self.pool.k.index_select(0, pages)                              # (n, P, D)
         v = self.pool.v.index_select(0, pages)
         y = paged_attention(q, k, v, owner, masked)
         return y.view(self.B, -1, 1, self.D)
 
-    def plan_decode(self):
-        """What each layer's decode reads: lists over layers of (pages, owner, masked).
+    def plan_decode(self, table, counts):
+        """What decode reads, by page tables (L, B, Hkv, M) and counts (L, B, Hkv) of some layers.
 
-        pages (n): the ids of all pages in use, row after row; owner (n): the row that each
-        belongs to; masked (n, P) bool: the slots that a query does not see.
+        Returns lists over the layers of (pages, owner, masked). pages (n): the ids of all pages in
+        use, row after row; owner (n): the row that each belongs to; masked (n, P) bool: the slots
+        that a query does not see.
         """
-        table = self.page_table
         column = torch.arange(table.shape[3], device=self.device)
-        used = column < self.R + pages_for(self.counts)[..., None]          # (L, B, Hkv, M)
+        used = column < self.R + pages_for(counts)[..., None]               # (L, B, Hkv, M)
         layer, b, h, column = used.nonzero().unbind(1)
         # The ring holds tokens in its places below min(tokens, W), the rest of the list to its end.
         in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
-        held = torch.where(column < self.R, in_ring, self.R * P + self.counts[layer, b, h])
+        held = torch.where(column < self.R, in_ring, self.R * P + counts[layer, b, h])
         masked = column[:, None] * P + torch.arange(P, device=self.device) >= held[:, None]
         sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
         pages = table[used].long()
         owner = b * self.Hkv + h
         return pages.split(sizes), owner.split(sizes), masked.split(sizes)
+
+    # ------------------------------------------------------- eviction (skip at first reading)
+    #
+    # Admission bounds nothing: a text in which everything matters keeps everything. With a budget
+    # the promoted tokens of all rows together hold at most `most_pages` pages. Before there would
+    # be more, those of lowest score are evicted, down to 90% of the bound, so that it is rare. No
+    # head has a quota: that would undo what gates decided head by head. Two scores:
+    #
+    #     gate      the token's own gate: the budget is then a tau that rises with the text. What is
+    #               left is what admission at the risen tau would have promoted, and it is the tau
+    #               for tokens that leave the ring from then on.
+    #     snapkv    the attention that the last 256 queries give it (arXiv 2404.14469)
+    #
+    # The definition holds with the tokens that are *held* (promoted, not evicted) at i's call:
+    #
+    #     visible(i, j)  =  j <= i  and  ( i - j < W  or  held(j) )
+    #
+    # If a text is cut into other calls, evictions come at other times. So as soon as something is
+    # evicted, only the same split gives the same result.
+
+    def set_budget(self, budget):
+        """Turn a budget in bytes into pages; UserError if it is smaller than what works at all."""
+        # Two pages a row: one for what is held, one that a row may begin in 64 steps of decode.
+        least = self.fixed_bytes() + 2 * self.all_counts.numel() * self.page_bytes()
+        if budget < least:
+            raise UserError(f"a budget of {budget:,} bytes is too small for this cache: its "
+                            f"windows and two pages a row take {least:,} "
+                            f"({least / 2**20:,.1f} MiB)")
+        self.most_pages = (budget - self.fixed_bytes()) // self.page_bytes()
+        self.most_steps = P
+
+    def within_budget(self, wanted, wanted_a_layer, evict):
+        """Free pages that a call needs, of the `wanted` in all layers, `wanted_a_layer` in one.
+
+        evict: make room now, and for the whole call: for decode, whose steps cannot. A prefill
+        evicts after each layer's promotion (`evict_over_budget`), so it never has more than one
+        layer's pages beyond the bound.
+        """
+        in_use = int(pages_for(self.all_counts).sum())
+        if evict and in_use + wanted > self.most_pages:
+            self.evict(min(9 * self.most_pages // 10, self.most_pages - wanted))
+            return wanted
+        return min(wanted, self.most_pages - in_use + wanted_a_layer)
+
+    def evict_over_budget(self):
+        """After a promotion: evict if there are too many pages, and say whether that was so."""
+        if self.most_pages is None or int(pages_for(self.all_counts).sum()) <= self.most_pages:
+            return False
+        self.evict(9 * self.most_pages // 10)
+        return True
+
+    def evict(self, target):
+        """Let the promoted tokens of lowest score go until all rows have `target` pages at most.
+
+        The first tokens of a text stay, as attention sinks. What is left of a row moves together,
+        in order, and pages that become empty return to the pool.
+        """
+        table = self.all_page_table.flatten(0, 2)                           # (rows, M), a view
+        counts = self.all_counts.flatten()                                  # (rows), a view
+        column = torch.arange(table.shape[1] - self.R, device=self.device)
+        row, column = (column < pages_for(counts)[:, None]).nonzero().unbind(1)
+        pages = table[row, self.R + column].long()      # (n): all pages in use, row after row
+        held = column[:, None] * P + torch.arange(P, device=self.device) < counts[row][:, None]
+        pos = self.pool.pos[pages]                                          # (n, P)
+        scores = EVICTION_SCORES[self.evict_by](self, pages)                # (n, P)
+        scores = scores.masked_fill(pos < SINKS, math.inf).masked_fill(~held, -1)
+        keep, cut = best_tokens(scores, pos, row, len(counts), target)      # (n, P) bool
+
+        # Token number n of a row goes to place n of its list. It was there or further on: a token
+        # never overwrites one that has not been read yet.
+        left = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
+        owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
+        number = torch.arange(len(owner), device=self.device) - (left.cumsum(0) - left)[owner]
+        source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
+        place = table[owner, self.R + number // P].long() * P + number % P
+        moved = source != place
+        for source, place in zip(source[moved].split(2**18), place[moved].split(2**18)):
+            self.pool.write(place, *self.pool.read(source))
+
+        empty = column >= pages_for(left)[row]
+        self.pool.release(pages[empty].int())
+        table[row[empty], self.R + column[empty]] = 0
+        self.num_evictions += 1
+        self.num_evicted += int((counts - left).sum())
+        counts.copy_(left)
+        self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
+        if self.evict_by == "gate":
+            self.raise_tau(cut)
+
+    def raise_tau(self, tau):
+        self.tau_now = tau
+        self.tau_on_device.fill_(tau)
+
+    def held_of_band(self, layer, T):
+        """(B, Hkv, T) bool: which of the band's first T tokens are in their row's pages."""
+        slots = torch.arange((self.page_table.shape[3] - self.R) * P, device=self.device)
+        pages = self.page_table[layer, ..., self.R:].long()
+        pos = self.pool.pos[pages].flatten(2)                               # (B, Hkv, (M - R) P)
+        index = pos - (self.num_tokens - self.window)[:, None, None]        # in the band
+        in_band = (slots < self.counts[layer][..., None]) & (index >= 0) & (index < T)
+        index = index.masked_fill(~in_band, T)                  # the others: into a column too many
+        held = torch.zeros(self.B, self.Hkv, T + 1, dtype=torch.bool, device=self.device)
+        return held.scatter_(2, index.long(), True)[..., :T]
+
+    def record_queries(self, layer, q):
+        """Keep each sequence's last QUERIES rotated queries, position p in place p mod QUERIES."""
+        n = min(q.shape[2], QUERIES)
+        index = self.num_new[:, None] - n + torch.arange(n, device=self.device)         # (B, n)
+        place = (self.num_tokens[:, None] + index) % QUERIES
+        b = torch.arange(self.B, device=self.device)[:, None]
+        queries = self.base.queries[layer, self.first:self.first + self.B]
+        new = q.transpose(1, 2)[b, index.clamp(min=0)]                      # (B, n, Hq, D)
+        valid = (index >= 0)[..., None, None]       # fewer than n new ones: the older ones stay
+        queries[b, :, place] = torch.where(valid, new, queries[b, :, place])
+        num_queries = self.base.num_queries[layer, self.first:self.first + self.B]
+        num_queries.copy_(self.num_tokens + self.num_new)
+
+    # ------------------------------------------------------ selection (skip at first reading)
+    #
+    # A step of decode attends to the ring, to the row's last, partial page, and of its full pages
+    # to those that may hold the largest scores (Quest, arXiv 2406.10774). With the least and the
+    # largest number that a page's keys have in each channel,
+    #
+    #     q . k  <=  sum over d of max(q_d low_d, q_d high_d)      for every key k of the page
+    #
+    # is an upper bound, and a page's bounds cost the reading of two keys instead of 64. The pages
+    # chosen, in their order, are a shorter page table for the same attention.
+
+    def selects(self):
+        """Does this call select?"""
+        return self.most_selected is not None and self.base.in_decode
+
+    def attended(self):
+        """(L, B, Hkv): how many promoted tokens of each row a step of decode attends to.
+
+        If 3 pages may be chosen, a row of 200 tokens (pages of 64, 64, 64 and 8) gets 2 full pages
+        and its last one: 136 tokens.
+        """
+        if not self.selects():
+            return self.counts
+        in_last_page = (self.counts - 1) % P + 1
+        return self.counts.minimum((self.most_selected - 1) * P + in_last_page)
+
+    def select_pages(self, layer, q):
+        """One query a head (B, Hq, 1, D) -> page table (B, Hkv, R + pages) of what it attends to.
+
+        A KV head's queries choose together: the largest bound of the G counts. The kernels' twin:
+        select_pages.
+        """
+        table = self.page_table[layer]
+        counts = self.counts[layer][..., None]
+        pages = table[..., self.R:].long()                                  # (B, Hkv, M - R)
+        q = q.view(self.B, self.Hkv, -1, 1, self.D).float()                 # (B, Hkv, G, 1, D)
+        low = self.pool.low[pages][:, :, None]                              # (B, Hkv, 1, M - R, D)
+        high = self.pool.high[pages][:, :, None]
+        bounds = torch.maximum(q * low, q * high).sum(-1).amax(2)           # (B, Hkv, M - R)
+        column = torch.arange(pages.shape[2], device=self.device)
+        partial = (column == counts // P) & (counts % P > 0)
+        bounds = bounds.masked_fill(column >= counts // P, -math.inf)
+        bounds = bounds.masked_fill(partial, math.inf)
+        best = bounds.argsort(dim=-1, descending=True, stable=True)[..., :self.most_selected]
+        return torch.cat((table[..., :self.R], table.gather(2, self.R + best.sort().values)), dim=2)
+
+    def bound_pages(self, table, before, after):
+        """Compute the bounds of pages that became full as their rows' counts went from `before` on.
+
+        table (..., M), before and after (...). Nothing to do without selection.
+        """
+        if self.most_selected is None:
+            return
+        if self.kernels:
+            self.kernels.bound_pages(self.pool, table, before, after, self.R)
+            return
+        column = torch.arange(table.shape[-1] - self.R, device=self.device)
+        filled = (column >= before[..., None] // P) & (column < after[..., None] // P)
+        pages = table[..., self.R:][filled].long()
+        self.pool.low[pages] = self.pool.k[pages].amin(1)
+        self.pool.high[pages] = self.pool.k[pages].amax(1)
 
     # --------------------------------------------------------------------------- looking inside
 
@@ -839,16 +1111,28 @@ class DualCache(Cache):
 
     def kept_bytes(self):
         """Bytes of what is kept: whole pages of rings and promoted tokens, tables, counts."""
-        # K, V, gate and position of each slot, and the page's entry in a table.
-        page = P * (2 * self.D * self.dtype.itemsize + 8) + 4
+        return self.fixed_bytes() + int(pages_for(self.counts).sum()) * self.page_bytes()
+
+    def page_bytes(self):
+        """Bytes of a page: K, V, gate and position of each slot, its bounds, its table entry."""
+        key = self.D * self.dtype.itemsize
+        bounds = 0 if self.most_selected is None else 2 * key
+        return P * (2 * key + 8) + bounds + 4
+
+    def fixed_bytes(self):
+        """Bytes of what does not grow: rings, counts, lengths, and SnapKV's queries."""
         rows = self.L * self.B * self.Hkv
-        promoted = int(pages_for(self.counts).sum())
-        return (rows * self.R + promoted) * page + 8 * rows + 8 * self.B
+        queries = 0
+        if self.base.queries is not None:
+            queries = self.base.queries[:, :self.B].nbytes + 8 * self.L * self.B
+        return rows * self.R * self.page_bytes() + 8 * rows + 8 * self.B + queries
 
     def reserved_bytes(self):
         """Bytes held, used or not."""
-        tensors = (*self.pool.tensors().values(), self.base.all_page_table, self.base.all_counts,
-                   self.base.all_num_tokens)
+        tensors = [*self.pool.tensors().values(), self.base.all_page_table, self.base.all_counts,
+                   self.base.all_num_tokens]
+        if self.base.queries is not None:
+            tensors.append(self.base.queries)
         return sum(t.nbytes for t in tensors)
 
     def admitted(self, sequence=0):
@@ -857,11 +1141,86 @@ class DualCache(Cache):
         out = torch.zeros(self.L, self.Hkv, S, dtype=torch.bool, device="cpu")
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
         slots = self.ring_slots(self.page_table[:, sequence:sequence + 1], recent[None])
-        out[:, :, max(0, S - self.window):] = (self.pool.g.view(-1)[slots[:, 0]] >= self.tau).cpu()
+        out[:, :, max(0, S - self.window):] = \
+            (self.pool.g.view(-1)[slots[:, 0]] >= self.base.tau_now).cpu()
         for layer in range(self.L):
             for h in range(self.Hkv):
                 out[layer, h, self.row(self.pool.pos, layer, sequence, h).long().cpu()] = True
         return out
+
+
+# ---- eviction: scores, and the choice by them (skip at first reading)
+
+SINKS = 4           # the first tokens of a text, never evicted
+QUERIES = 256       # the last queries by which SnapKV judges
+REFUSED = -1.0      # a gate that no tau lets through; -inf would say that there is no token
+
+
+def gate_scores(cache, pages):
+    """The gates (n, P) of promoted tokens."""
+    return cache.pool.g[pages]
+
+
+def snapkv_scores(cache, pages):
+    """The attention (n, P) that the last queries give to the tokens in pages, row after row.
+
+    A softmax over the row's promoted keys alone, for each of the last QUERIES queries; of the G
+    queries of a group the largest weight, the mean over the queries, the largest of 5 neighbors.
+    """
+    scores = torch.zeros(len(pages), P, device=cache.device)
+    G = cache.queries.shape[2] // cache.Hkv
+    num_queries = cache.num_queries.tolist()
+    start = 0
+    for layer, of_layer in enumerate(cache.all_counts.tolist()):
+        for b, of_sequence in enumerate(of_layer):
+            for h, count in enumerate(of_sequence):
+                if count == 0:
+                    continue
+                stop = start + pages_for(count)
+                k = cache.pool.k[pages[start:stop]].flatten(0, 1)[:count]       # (count, D)
+                q = cache.queries[layer, b, h * G:(h + 1) * G, :num_queries[layer][b]]  # (G, n, D)
+                weights = (q @ k.T).float().div_(math.sqrt(cache.D)).softmax(dim=-1)
+                mean = weights.amax(dim=0).mean(dim=0, keepdim=True)            # (1, count)
+                pooled = F.max_pool1d(mean, kernel_size=5, stride=1, padding=2)
+                scores[start:stop].view(-1)[:count] = pooled[0]
+                start = stop
+    return scores
+
+
+EVICTION_SCORES = {"gate": gate_scores, "snapkv": snapkv_scores}
+
+
+def best_tokens(scores, pos, row, rows, target):
+    """The tokens of highest score whose rows need `target` pages in all, at most.
+
+    scores (n, P) fp32, at least 0, or -1 where there is no token; pos (n, P) their positions; row
+    (n): the row of each page. Among equal scores the newest stay. Returns (keep (n, P) bool, the
+    least score that is high enough to stay).
+    """
+    def too_many(keep):
+        counts = torch.zeros(rows, dtype=torch.long, device=row.device)
+        return pages_for(counts.index_add_(0, row, keep.sum(dim=1))).sum() > target
+
+    # Numbers from 0 on are in the order of their bits.
+    bits = scores.view(torch.int32)
+    highest = largest(lambda c: too_many(bits >= c), row.device)    # the highest score to lose any
+    better = bits > highest
+    tied = bits == highest
+    newest = largest(lambda c: too_many(better | tied & (pos >= c)), row.device)
+    tied &= pos > newest
+    cut = torch.where(tied.any(), highest, highest + 1)
+    return better | tied, cut.view(torch.float32).item()
+
+
+def largest(holds, device):
+    """The largest c of 31 bits for which holds(c), which is true of 0 and false from some c on.
+
+    Bit by bit from the top: 31 questions, and the host waits for none of the answers.
+    """
+    c = torch.zeros((), dtype=torch.int32, device=device)
+    for bit in range(30, -1, -1):
+        c = torch.where(holds(c + 2**bit), c + 2**bit, c)
+    return c
 
 
 def gather_tokens(x, index):
