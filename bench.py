@@ -18,10 +18,10 @@ BENCHMARKS.md has the results. How we compare:
                 and measure both peaks in the same run instead of taking a datasheet's.
 
 Speed does not depend on the values of weights, so --shape runs a real model's shape with random
-weights and admits a random share of the tokens (--admit). The columns of the tables are fields of
---json, which also keeps command, commit and machine:
+weights and admits a random share of the tokens (--admit). A table shows medians and spreads, and
+only the columns that have figures. --json keeps everything, with command, commit and machine:
 
-    _s             seconds of each run; the table shows median and spread
+    _s             seconds of each run; step_s and plan_s are of a training step, a decode plan
     ratio          gated over dense time; flops_ratio: the same of FLOPs, the ratio to hope for
     roofline_s     the time at the roofline, of which mfu or mbu is the share
     admitted       of the keys outside the window; kept_share: of a dense cache's bytes
@@ -39,13 +39,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+# Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
+from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, model_options,
+                    peak_bytes, pick_device, progress, read_json, read_text, real, run_program, say,
+                    whole, write_text)
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, model_options,
-                    peak_bytes, pick_device, progress, read_json, read_text, real, run_program, say,
-                    whole, write_text)
 from generate import Text, decode, load_model, make_admission, prefill
 from model import Config, Llama, check_memory
 from wgkv import P, DenseCache, DualCache, Gates, pages_for
@@ -629,24 +631,40 @@ BENCHES = dict(kernels=bench_kernels, prefill=bench_prefill, decode=bench_decode
 NEED_A_GPU = ("kernels", "train")           # what they time is Triton on CUDA
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
-    prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib "
-            "reserved_gib peak_gib",
-    decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share "
-           "kept_gib reserved_gib peak_gib prefill_s",
+    prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib peak_gib",
+    decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share kept_gib "
+           "peak_gib",
     train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
+HEADINGS = {                                # of columns whose name in --json is too long
+    "flops_ratio": "of FLOPs", "ratio_transformers": "ratio hf", "over_dense": "ratio",
+    "transformers_s": "transf. (hf)", "kept_share": "kept", "tokens_per_s": "tokens/s",
+    "kept_gib": "kept GiB", "peak_gib": "peak GiB"}
 
 
 def run(name, model, args):
     """Run one bench, print its rows as they come, and yield them."""
     print(f"\n{name}. {BENCHES[name].__doc__}")
-    print("".join(f" {column:>16}" for column in COLUMNS[name].split()))
     free_memory(model.device)
+    columns = None
     for row in BENCHES[name](model, args):
-        line = "".join(f" {shown(row.get(column)):>16}" for column in COLUMNS[name].split())
+        if columns is None:                 # the shortest prompt's row: no other has a column more
+            columns = [column for column in COLUMNS[name].split() if shown(row.get(column)) != "-"]
+            print("".join(cell(column, heading(column)) for column in columns))
+        line = "".join(cell(column, shown(row.get(column))) for column in columns)
         loses = row.get("ratio") is not None and row["ratio"] > 1
         print(line + ("  gating loses" if loses else ""), flush=True)
         yield row
         free_memory(model.device)
+
+
+def heading(column):
+    """What stands above a column."""
+    return HEADINGS.get(column, column.removesuffix("_s"))
+
+
+def cell(column, text):
+    """text at the right of a table's column: times, with their spread, need more room."""
+    return f" {text:>13}" if column.endswith("_s") else f" {text:>9}"
 
 
 def shown(value):
@@ -713,6 +731,7 @@ def check_options(args, device):
         raise UserError("--shape has random weights, for which there are no gates: give --admit")
     if args.admit is None:
         args.admit = [0.25] if args.shape else "gates"
+    args.tokens.sort()                      # the shortest prompt first: `run` relies on it
     if args.chunk is None:
         args.chunk = 8192 if device.type == "cuda" else 4096
     if args.json:
@@ -730,6 +749,8 @@ def main(argv=None):
         model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"])
     else:
         model = load_model(args)
+    if args.admit == "gates" and ("prefill" in args.what or "decode" in args.what):
+        args.window = admission_policy(model, args).window
     args.peaks = measure_peaks(device)
 
     results = dict(machine(device), model=model.name, date=time.strftime("%Y-%m-%d"),

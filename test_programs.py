@@ -1635,16 +1635,17 @@ def test_help_is_for_people(capsys):
 # --------------------------------------------------------------------------------------- bad input
 
 BAD_ARGUMENTS = {       # a command line: what the message must say
-    "--prompt nowhere.txt": "nowhere.txt",
+    "--prompt nowhere.txt": "nowhere.txt cannot be read: No such file",
     "--prompt EMPTY": "EMPTY is empty",
     "--prompt LATIN": "LATIN cannot be read as UTF-8 text",
-    "--prompt FOLDER": "FOLDER cannot be read as UTF-8 text: Is a directory",
+    "--prompt FOLDER": "FOLDER cannot be read: Is a directory",
     "--prompt a\0b": "a\\x00b",
     "--model nowhere/at/all": "nowhere/at/all",
     "--model EMPTYFOLDER": "EMPTYFOLDER/tokenizer.json cannot be read: No such file",
     "--model PASTVOCAB --prompt WIDE": "the tokenizer gives the id 4,096, but PASTVOCAB",
     "--gates nowhere.safetensors": "nowhere.safetensors",
     "--gates GARBAGE": "GARBAGE",
+    "--gates GARBAGE.pt": "GARBAGE.pt cannot be read as a dict of tensors: it is not a file of",
     "--gates ''": "cannot be read",
     "--gates OTHER": "these gates are for",
     "--admit some": "--admit: should be a number from 0 to 1, it is 'some'",
@@ -1658,7 +1659,8 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--max-new-tokens 0": "--max-new-tokens",
     "--max-new-tokens 1e3": "--max-new-tokens",
     "--chunk 99999999999999999999999": "--chunk",
-    "--seed -1": "--seed",
+    "--seed -1": "--seed: should be a whole number of at least 0, it is '-1'",
+    f"--seed {2**63}": "--seed: should be a whole number from 0 to 9,223,372,036,854,775,807",
     "--dtype int8": "--dtype",
     "--device mps": "--device",
     "--show-kept no/such/folder/x.html": "no/such/folder",
@@ -1689,7 +1691,8 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypat
     argv = shlex.split(command)
     Path("EMPTY").write_bytes(b"\xef\xbb\xbf \n")
     Path("LATIN").write_bytes("caf\u00e9".encode("latin-1"))
-    Path("GARBAGE").write_bytes(b"\x08" * 100)
+    for name in ("GARBAGE", "GARBAGE.pt"):
+        Path(name).write_bytes(b"\x08" * 100)
     Path("WIDE").write_text("a \u2603wide load")
     Path("FOLDER").mkdir()
     Path("EMPTYFOLDER").mkdir()
@@ -1783,6 +1786,29 @@ def test_only_regular_files_are_replaced(tmp_path):
         refused(lambda: common.check_writable(path), str(path))
         refused(lambda: common.write_text(path, "text"), str(path))
     assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """An output path that was a symbolic link became a file, and its target stayed as it was."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    link, target = tmp_path / "here/link", tmp_path / "there/target"
+    link.symlink_to(target)
+    for text in ("the target is new", "the target is replaced"):
+        common.check_writable(link)
+        common.write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert len(list(tmp_path.rglob("*"))) == 4              # no temporary file is left
+
+
+@pytest.mark.parametrize("program", ["train.py", "bench.py"])
+def test_ctrl_c_while_torch_is_imported(program, tmp_path):
+    """A traceback for who changes their mind in the first two seconds."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    run = subprocess.run([sys.executable, HERE / program], capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert run.returncode != 0 and run.stdout == ""
+    assert run.stderr == f"{program}: interrupted\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
@@ -2490,6 +2516,7 @@ BAD_INPUTS = [                                          # options, words of the 
     (["--data", "SHORT", "--chat", "--tasks"], "--chat"),
     (["--chat"], "--chat"),
     (["--tasks", "nothing"], "--tasks"),
+    (["--lam", "1e10"], "--lam: should be a number from 0 to 1,000,000,000, it is '1e10'"),
     (["--window", "1024"], "--window 1024 should be smaller than --seq-len 1024"),
     (["--model", "OTHER"], "model_type 'gemma'"),
     (["--model", "SMALL", "--data", "SHORT"], "--window 256 should be smaller than --seq-len 128"),
@@ -2568,6 +2595,18 @@ def test_evaluation_scores_answers_and_counts_kept_bytes(tiny):
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("kept, remarks", ((0.2, 0), (1.2, 1)))
+def test_more_than_dense_is_explained(kept, remarks, tiny, monkeypatch, capsys):
+    """A share of 112% looks like a fault; it is what whole pages cost in short documents."""
+    monkeypatch.setattr(train, "generate_prose", lambda *args: STORY)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: ([1.0], kept))
+    model, text = tiny
+    gates = SimpleNamespace(window=128)
+    train.final_table(model, text, gates, SimpleNamespace(data=None), train.BUNDLED)
+    captured = capsys.readouterr()
+    assert f"{kept:.1%}" in captured.out and captured.err.count("more than 100%") == remarks
+
+
 # --------------------------------------------------------------------------------------- bench.py
 
 def bench_rows(tmp_path, what, *options):
@@ -2590,8 +2629,16 @@ def test_bench_prints_rows_and_writes_its_figures(tmp_path, capsys):
         assert row["weights_gib"] + row["kept_gib"] < row["peak_gib"]
     assert rows[0]["flops_ratio"] == 1          # the window covers it all: nothing is saved
     assert 0.15 < rows[1]["admitted"] < 0.25 and rows[1]["flops_ratio"] < 1
-    printed = capsys.readouterr().out
-    assert "flops_ratio" in printed and len(printed.strip().splitlines()) == 4
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "of FLOPs" in lines[1] and "mfu" not in lines[1] and len(lines) == 4
+    assert all(len(line) < 120 and "-" not in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("options, window", (([], 128), (["--admit", "0.2"], 256)))
+def test_bench_records_the_window_it_ran_with(options, window, tmp_path):
+    """--window's default stood in --json, while the gates ran with the W of their own file."""
+    bench_rows(tmp_path, "prefill", "--tokens", "20", "--runs", "1", *options)
+    assert json.loads((tmp_path / "figures.json").read_text())["window"] == window
 
 
 def test_bench_decode_reads_its_prompts(tmp_path):

@@ -33,14 +33,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
+from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options, progress,
+                    quoted, read_text, reading, real, replacing, run_program, say, whole)
+
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options, progress,
-                    quoted, read_text, reading, real, replacing, run_program, say, whole)
 from generate import Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
@@ -783,11 +785,15 @@ def final_table(model, text, gates, args, config):
           f"(W = {gates.window})")
     print(f"{'':14}{'kept':>8}{'recall':>9}")
     recalls = {}
+    shares = []
     for name, make_kv in caches.items():
         with progress(len(documents), name, "documents") as bar:
             scores, kept = evaluate(model, text, make_kv, documents, report=bar.update)
         recalls[name] = sum(scores) / len(scores)
         print(f"{name:14}{kept:8.1%}{recalls[name]:9.1%}", flush=True)
+        shares.append(kept)
+    if max(shares) > 1:
+        say("(more than 100%: whole pages and tables cost more than was refused)")
     return recalls
 
 
@@ -832,7 +838,7 @@ def add_config_options(parser):
         return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
     gates = parser.add_argument_group("gates")
-    option(gates, "lam", real(0, 1e9), "lambda, the weight of the sparsity loss: larger admits "
+    option(gates, "lam", real(0, 10**9), "lambda, the weight of the sparsity loss: larger admits "
            "less")
     option(gates, "window", whole(1, 2**31 - 1), "W: so many recent tokens are always visible")
     option(gates, "tau", real(1e-9, 1), "a token is admitted if its gate is at least this")
@@ -847,9 +853,9 @@ def add_config_options(parser):
                       help="hide facts, lists, classes and passages in the text of --data: a mix "
                            "of tiny/tasks.py (default, without --data: asked)")
     data.add_argument("--chat", action="store_true", default=None,
-                      help="put each sample into the model's chat template, as a text to summarise")
+                      help="put each sample into the model's chat template, as a text to summarize")
     option(data, "haystack_tokens", whole(1, 10**9), "how much the model writes without --data")
-    option(data, "answer_weight", real(0, 1e9), "weight of an answer's token in the distillation "
+    option(data, "answer_weight", real(0, 10**9), "weight of an answer's token in the distillation "
            "loss; any other token weighs 1")
 
     training = parser.add_argument_group("training")
@@ -858,9 +864,9 @@ def add_config_options(parser):
     option(training, "tokens_per_step", whole(1, 2**31), "at least: a step has whole samples of "
            "one length")
     option(training, "steps", whole(1, 10**6), "updates of the gates")
-    option(training, "lr", real(0, 1e9), "the peak learning rate")
+    option(training, "lr", real(0, 10**9), "the peak learning rate")
     option(training, "warmup", real(0, 1), "share of the steps in which the learning rate rises")
-    option(training, "weight_decay", real(0, 1e9), "of AdamW")
+    option(training, "weight_decay", real(0, 10**9), "of AdamW")
 
 
 def lengths(text):
