@@ -8,8 +8,9 @@
 
 Standard library only. Each function first works out a small example by the rules of wgkv.py and
 kernels.py, and then draws it, so the numbers in a drawing are computed. Coordinates are px of a
-page that is 760 wide; y grows downwards. A colour means the same in all drawings: see COLOURS.
+page that is 760 wide; y grows downwards. A color means the same in all drawings: see COLORS.
 """
+import argparse
 import math
 import random
 from html import escape
@@ -19,8 +20,8 @@ FOLDER = Path(__file__).resolve().parent
 WIDTH = 760
 
 # Each is (fill, line, text), first on a light page and then on a dark one. Blue, orange and bluish
-# green stay apart for colour-blind readers, and whatever has a colour has a label too.
-COLOURS = {
+# green stay apart for color-blind readers, and whatever has a color has a label too.
+COLORS = {
     # in the ring, in the window
     "window": (("#b9d9f8", "#1f78c8", "#0f5ea8"), ("#1b4471", "#79bdff", "#79bdff")),
     # its gate reached tau; promoted
@@ -37,13 +38,13 @@ SOFT = ("#505963", "#a9b3bd")           # secondary text, axes, plain lines
 # ------------------------------------------------------------------------------ drawing helpers
 
 def theme_rules(theme):
-    """CSS of one theme, 0 light and 1 dark. A class named as a colour sets both fill and line."""
+    """CSS of one theme, 0 light and 1 dark. A class named as a color sets both fill and line."""
     rules = [f"text{{fill:{INK[theme]}}}",
              f"text.soft{{fill:{SOFT[theme]}}}",
              f".plain{{fill:none;stroke:{SOFT[theme]}}}",
              f".solid.plain{{fill:{SOFT[theme]};stroke:none}}",
              f".strong{{fill:none;stroke:{INK[theme]}}}"]
-    for name, themes in COLOURS.items():
+    for name, themes in COLORS.items():
         fill, line, text = themes[theme]
         rules.append(f".{name}{{fill:{fill};stroke:{line}}}")
         rules.append(f".solid.{name}{{fill:{line};stroke:none}}")
@@ -57,7 +58,7 @@ STYLE = (
     ".small{font-size:12px}.bold{font-weight:600}.middle{text-anchor:middle}.end{text-anchor:end}"
     + theme_rules(0)
     + f"@media (prefers-color-scheme:dark){{{theme_rules(1)}}}"
-    # These come after the colours, and so take fill or line away from them.
+    # These come after the colors, and so take fill or line away from them.
     + ".line{fill:none;stroke-width:1.5}.dashed{fill:none;stroke-dasharray:4 3}.area{stroke:none}"
       ".thick{stroke-width:2.5}.thin{stroke-width:.6}.edge{stroke-width:1.5}"
 )
@@ -110,15 +111,15 @@ class Figure:
     def polygon(self, points, style):
         self.path("M" + "L".join(f"{number(x)} {number(y)}" for x, y in points) + "Z", style)
 
-    def arrow(self, points, colour):
+    def arrow(self, points, color):
         """A line through points with a head at its end."""
         (x0, y0), (x1, y1) = points[-2:]
         length = math.hypot(x1 - x0, y1 - y0)
         ux, uy = (x1 - x0) / length, (y1 - y0) / length         # the direction of the last piece
         back_x, back_y = x1 - 9 * ux, y1 - 9 * uy
-        self.line([*points[:-1], (back_x, back_y)], f"{colour} line")
+        self.line([*points[:-1], (back_x, back_y)], f"{color} line")
         self.polygon([(back_x - 4.5 * uy, back_y + 4.5 * ux), (x1, y1),
-                      (back_x + 4.5 * uy, back_y - 4.5 * ux)], f"solid {colour}")
+                      (back_x + 4.5 * uy, back_y - 4.5 * ux)], f"solid {color}")
 
     def bracket(self, x0, x1, y, style, ends=6):
         """A horizontal bracket at y. Its ends point down, or up where `ends` is negative."""
@@ -264,7 +265,7 @@ def pages():
     freed = 3
     tables, free, pool_size = hand_out_pages(R, promoted_pages, freed, spare=3)
 
-    # Which pages hold something: (colour, slots in use).
+    # Which pages hold something: (color, slots in use).
     held = {}
     for table, num_tokens, count in zip(tables, tokens, counts):
         for column, page in enumerate(table):
@@ -283,25 +284,25 @@ def pages():
     # The pool. One px of a page's height is one slot.
     top = 176
     last = tables[1][-1]
-    centre = {}
+    center = {}
     for place, page in enumerate([*range(12), *range(last, pool_size)]):
         x = 24 + 42 * place + (44 if page >= last else 0)
-        centre[page] = x + 19
+        center[page] = x + 19
         if page in held:
-            colour, slots = held[page]
-            fig.rect(x, top, 38, slots, f"{colour} area", 1)
-            fig.rect(x, top, 38, P, f"{colour} line")
+            color, slots = held[page]
+            fig.rect(x, top, 38, slots, f"{color} area", 1)
+            fig.rect(x, top, 38, P, f"{color} line")
             fig.text(x + 19, top + 37, str(page), "middle bold")
         else:
             fig.rect(x, top, 38, P, "gone" if page == 0 else "gone dashed")
             fig.text(x + 19, top + 37, str(page), "middle soft")
             fig.text(x + 19, top - 8, "dummy" if page == 0 else "free", "middle small soft")
     fig.text(550, top + 37, "…", "middle bold")
-    fig.text(centre[last] + 19, top - 8, f"{partial} of {P}", "end small admitted")
+    fig.text(center[last] + 19, top - 8, f"{partial} of {P}", "end small admitted")
     fig.text(736, 138, f"one pool; a page has P = {P} slots", "end bold")
 
     for table, y, pool_edge in ((tables[0], 52, top), (tables[1], 318, top + P)):
-        page_table(fig, table, R, len(tables[1]), y, pool_edge, centre)
+        page_table(fig, table, R, len(tables[1]), y, pool_edge, center)
     fig.text(274, 98, "unused: 0, the dummy page", "middle small soft")
     fig.text(474, 52, f"row one: {tokens[0]} tokens", "bold")
     fig.text(474, 70, f"all in its window of W = {W},", "soft")
@@ -322,7 +323,7 @@ def pages():
     fig.write()
 
 
-def page_table(fig, table, R, columns, y, pool_edge, centre):
+def page_table(fig, table, R, columns, y, pool_edge, center):
     """One row's page table at y, with an arrow from each entry to the edge of its page."""
     above = y < pool_edge
     fig.text(24, y + 12, "page", "small soft")
@@ -334,13 +335,13 @@ def page_table(fig, table, R, columns, y, pool_edge, centre):
         if column >= len(table):
             fig.box(x, y, 38, 28, "0", "gone", "soft")
             continue
-        colour = "window" if column < R else "admitted"
+        color = "window" if column < R else "admitted"
         page = table[column]
-        fig.box(x, y, 38, 28, str(page), colour)
+        fig.box(x, y, 38, 28, str(page), color)
         if above:
-            fig.arrow([(x + 19, y + 28), (centre[page], pool_edge - 2)], colour)
+            fig.arrow([(x + 19, y + 28), (center[page], pool_edge - 2)], color)
         else:
-            fig.arrow([(x + 19, y), (centre[page], pool_edge + 3)], colour)
+            fig.arrow([(x + 19, y), (center[page], pool_edge + 3)], color)
     fig.text(340, y + 19, "…", "middle bold")
     if above:                               # what the columns are, said once
         middle = 66 + 42 * R - 2            # between the ring's entries and the others
@@ -465,8 +466,8 @@ def tile_counts(fig, P, dense_tiles, num_pages, band_tiles):
     total = num_pages + band_tiles
     fig.text(x, y + 74, f"write-gated: {num_pages} pages + {band_tiles} of the band = {total}")
     for tile in range(total):
-        colour = "admitted" if tile < num_pages else "window"
-        fig.rect(x + 4 * tile, y + 82, 3, 14, f"solid {colour}", 0)
+        color = "admitted" if tile < num_pages else "window"
+        fig.rect(x + 4 * tile, y + 82, 3, 14, f"solid {color}", 0)
 
 
 def band(fig, x0, y0, W, P, tiles, band_start, runs):
@@ -514,7 +515,7 @@ def decode():
                  "the program that arrives last combines them. On the right, time: with one "
                  f"program per row the longest takes {longest} tiles, with even shares {share}.")
 
-    def colour(tile):                                   # first the ring, here one page, W <= P
+    def color(tile):                                   # first the ring, here one page, W <= P
         return "window" if tile in starts else "admitted"
 
     # The list of tiles, with a gap between two programs' shares.
@@ -522,7 +523,7 @@ def decode():
     for program, row, first, stop in parts:
         for tile in range(first, stop):
             x_of[tile] = 24 + 32 * tile + 10 * program
-            fig.box(x_of[tile], 40, 30, 30, str(tile), colour(tile))
+            fig.box(x_of[tile], 40, 30, 30, str(tile), color(tile))
     for row, tiles in enumerate(rows):
         left = x_of[starts[row]]
         right = x_of[starts[row] + tiles - 1] + 30
@@ -538,8 +539,8 @@ def decode():
     # The same tiles in time, where each takes equally long.
     by_row = [range(start, start + tiles) for start, tiles in zip(starts, rows)]
     by_share = [range(total * p // programs, total * (p + 1) // programs) for p in range(programs)]
-    timeline(fig, 22, "one program per row", by_row, colour)
-    timeline(fig, 176, "even shares", by_share, colour)
+    timeline(fig, 22, "one program per row", by_row, color)
+    timeline(fig, 176, "even shares", by_share, color)
 
     fig.text(24, 364, "a tile is one page:", "small soft")
     fig.rect(142, 353, 13, 13, "window")
@@ -554,20 +555,20 @@ def combining(fig, parts, x_of):
     """From each program's part of a row to the row's output."""
     for row in sorted({row for _, row, _, _ in parts}):
         mine = [part for part in parts if part[1] == row]
-        centres = [(x_of[first] + x_of[stop - 1] + 30) / 2 for _, _, first, stop in mine]
-        middle = sum(centres) / len(centres)
+        centers = [(x_of[first] + x_of[stop - 1] + 30) / 2 for _, _, first, stop in mine]
+        middle = sum(centers) / len(centers)
         fig.rect(middle - 32, 292, 64, 40, "query")
         fig.text(middle, 309, f"row {row}", "middle bold")
         fig.text(middle, 325, "output", "middle")
         if len(mine) == 1:                              # nothing to combine
             fig.arrow([(middle, 107), (middle, 291)], "query")
             continue
-        for centre in centres:
-            fig.arrow([(centre, 107), (centre, 129)], "plain")
-            fig.rect(centre - 32, 130, 64, 40, "plain")
-            fig.text(centre, 147, "partial", "middle small soft")
-            fig.text(centre, 163, "m, l, o", "middle")
-            fig.arrow([(centre, 170), ((middle + centre) / 2, 199)], "plain")
+        for center in centers:
+            fig.arrow([(center, 107), (center, 129)], "plain")
+            fig.rect(center - 32, 130, 64, 40, "plain")
+            fig.text(center, 147, "partial", "middle small soft")
+            fig.text(center, 163, "m, l, o", "middle")
+            fig.arrow([(center, 170), ((middle + center) / 2, 199)], "plain")
 
         sharing = [str(program) for program, _, _, _ in mine]
         fig.rect(middle - 58, 200, 116, 58, "plain")
@@ -577,7 +578,7 @@ def combining(fig, parts, x_of):
         fig.arrow([(middle, 258), (middle, 291)], "query")
 
 
-def timeline(fig, y, title, lanes, colour):
+def timeline(fig, y, title, lanes, color):
     """When each program is at work; lanes: the tiles of each."""
     left = 560
     fig.text(490, y, title, "bold")
@@ -585,7 +586,7 @@ def timeline(fig, y, title, lanes, colour):
         top = y + 14 + 26 * program
         fig.text(490, top + 16, f"program {program}", "small soft")
         for step, tile in enumerate(tiles):
-            fig.box(left + 28 * step, top, 26, 22, str(tile), colour(tile), "small")
+            fig.box(left + 28 * step, top, 26, 22, str(tile), color(tile), "small")
     longest = max(len(tiles) for tiles in lanes)
     end = left + 28 * longest + 1
     bottom = y + 16 + 26 * len(lanes)
@@ -702,6 +703,7 @@ def tile_map(fig):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()    # only --help
     token()
     pages()
     prefill()

@@ -16,7 +16,11 @@ if its number reaches `tau`. Every policy here has the signature of `wgkv.Gates.
 
 `SIMPLER` is the table of all of them. `matched` makes one that keeps as many bytes as the gates.
 """
+import sys
 from collections import Counter
+
+if __name__ == "__main__":
+    sys.exit("policies.py is a module: run experiments/quality.py, which compares the policies")
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +57,7 @@ def uniform_random(window, share):
 class HeadwiseAdmission:
     """One decision per head: the best heads keep every token, the others only their window.
 
-    This is DuoAttention's idea, with a ranking instead of learnt weights: ranking (L, Hkv) is 0
+    This is DuoAttention's idea, with a ranking instead of learned weights: ranking (L, Hkv) is 0
     for the head that most deserves a full cache. `share` is the share of heads that get one.
     """
     tau = 0.5
@@ -122,7 +126,7 @@ class OracleAdmission(PrecomputedAdmission):
     """Admit the keys that the question attends to, equally many in each head.
 
     The signal is SnapKV's: the mean attention of the prompt's last queries, max-pooled over 7
-    neighbours. It is UNFAIR, an upper bound for what such a signal can do: it sees the question,
+    neighbors. It is UNFAIR, an upper bound for what such a signal can do: it sees the question,
     while all others decide before there is one. Each document must have one question at most.
     """
 

@@ -134,7 +134,7 @@ def test_the_oracle_keeps_what_the_question_attends_to(tiny, monkeypatch):
     question = text.encode(document.questions[0][0], begin=False)
     policy = policies.OracleAdmission(8, share=6.5 / len(body))
     admitted = cache_after(policy, tiny, [document]).admitted()
-    for n, row in enumerate(admitted.flatten(0, 1)):        # the peak and its three neighbours
+    for n, row in enumerate(admitted.flatten(0, 1)):        # the peak and its three neighbors
         assert row.nonzero()[:, 0].tolist() == list(range(97 + n, 104 + n))
     assert asked == [(body + question, len(question))]
 
@@ -259,7 +259,7 @@ def test_an_input_that_is_left_out_stays_out(tiny):
         samples = train.Samples(lambda rng, length: (ids, torch.ones(len(ids))), config)
         train.train(model, gates, torch.optim.AdamW(gates.parameters()), samples, config)
         for before, after in zip(start, gates.parameters()):
-            assert not torch.equal(before, after) or not before.any()   # all else has learnt
+            assert not torch.equal(before, after) or not before.any()   # all else has learned
 
         k, other = torch.randn(2, 1, 4, 9, 32)
         if inputs == "before":
@@ -528,6 +528,17 @@ def test_bad_files_are_one_line(argv, words, tmp_path, monkeypatch, capsys):
     assert words in err.splitlines()[-1]
     assert "Traceback" not in err
     assert Path("TEXT").read_text() == "A few words."
+
+
+@pytest.mark.parametrize("command, status, words", (
+    (["experiments/policies.py"], 1, "run experiments/quality.py"),
+    (["assets/figures.py", "--help"], 0, "usage: figures.py")))
+def test_files_that_take_no_work_say_so(command, status, words, tmp_path):
+    """Fault: a traceback of imports; drawings that are written because somebody asked for help."""
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == status and words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "bytes" not in done.stdout
 
 
 # ------------------------------------------------------------------------------------- the README
