@@ -6,6 +6,7 @@
     prefill_attention               many new tokens over pages and band (stripes and slash), exact
     plan_decode, decode_attention   one new token a sequence over ragged rows of pages
     bound_pages, select_pages       selection: which pages a step of decode attends to
+    query_attention, compact        eviction: SnapKV's score, and moving together what is left
     add_norm, silu_product          other parts of a layer that are worth fusing
     soft_attention                  the student's attention in training, with its gradients
 
@@ -900,6 +901,135 @@ def select_pages(q, pool, page_table, counts, R, chosen):
         bounds, page_table, counts, out, columns, R, CHOSEN=chosen,
         BC=max(16, triton.next_power_of_2(columns - R)), P=P, num_warps=8)
     return out
+
+
+# ------------------------------------------------------------------------------------- eviction
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def compact_kernel(page_k, page_v, page_g, page_pos, page_table, counts, pages_before, keep,
+                   columns, R, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+    """One program: one row. Page after page, its tokens to keep move to the next free places.
+
+    keep (n, P) of all pages in use, row after row; pages_before (rows): how many precede a row's.
+    The n-th token to keep goes to place n, which is its own place or an earlier one. So no token is
+    overwritten before it has been read, if only each page is read before it is written.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    page_table += row * columns + R
+    keep += tl.load(pages_before + row) * P
+    slot = tl.arange(0, P)
+    d = tl.arange(0, DP)
+    kept = 0
+    for i in range(0, tl.cdiv(tl.load(counts + row).to(tl.int32), P)):
+        stays = tl.load(keep + i * P + slot).to(tl.int32)
+        source = tl.load(page_table + i).to(tl.int64) * P + slot
+        n = kept + tl.cumsum(stays, 0) - 1                      # the number of each token to keep
+        move = (stays > 0) & (n < i * P + slot)
+        target = tl.load(page_table + n // P, move, 0).to(tl.int64) * P + n % P
+        here = move[:, None] & (d < D)[None, :]
+        K = tl.load(page_k + source[:, None] * D + d[None, :], here, 0.)
+        V = tl.load(page_v + source[:, None] * D + d[None, :], here, 0.)
+        g = tl.load(page_g + source, move, 0.)
+        pos = tl.load(page_pos + source, move, 0)
+        tl.debug_barrier()                                      # all threads have read the page
+        tl.store(page_k + target[:, None] * D + d[None, :], K, here)
+        tl.store(page_v + target[:, None] * D + d[None, :], V, here)
+        tl.store(page_g + target, g, move)
+        tl.store(page_pos + target, pos, move)
+        kept += tl.sum(stays, 0)
+
+
+def compact(pool, page_table, counts, keep, R):
+    """Move the tokens to keep of each row together, in order. Twin: wgkv.DualCache.compact.
+
+    page_table (rows, M) int32, counts (rows) int64, both as before; keep (n, P) bool: of all pages
+    in use, row after row.
+    """
+    _, P, D = pool.k.shape
+    pages = (counts + P - 1) // P
+    pages_before = pages.cumsum(0) - pages
+    compact_kernel[(len(counts),)](
+        pool.k, pool.v, pool.g, pool.pos, page_table, counts, pages_before, keep,
+        page_table.shape[1], R, D=D, DP=triton.next_power_of_2(D), P=P, num_warps=8)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def query_sums_kernel(queries, page_k, page_table, counts, sums, scale, columns, R,
+                      QUERIES: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                      BM: tl.constexpr, P: tl.constexpr):
+    """log2 of the sum of 2^score over a row's promoted keys. One program: BM of a row's queries.
+
+    queries (rows, G * QUERIES, D), sums (rows, G * QUERIES) fp32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i = row * G * QUERIES + tl.program_id(1) * BM + tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    slot = tl.arange(0, P)
+    page_table += row * columns + R
+    count = tl.load(counts + row).to(tl.int32)
+    Q = tl.load(queries + i[:, None] * D + d[None, :], (d < D)[None, :], 0.)        # (BM, DP)
+    m = tl.full([BM], INITIAL_MAX, tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    for c in range(0, tl.cdiv(count, P)):
+        at = tl.load(page_table + c).to(tl.int64) * P + slot
+        held = c * P + slot < count
+        K = tl.load(page_k + at[:, None] * D + d[None, :], held[:, None] & (d < D)[None, :], 0.)
+        s = tl.where(held[None, :], tl.dot(Q, K.T, input_precision="ieee") * scale, MASKED)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+        m = m_new
+    tl.store(sums + i, m + tl.log2(l))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def query_attention_kernel(queries, num_queries, page_k, pages, row, sums, scores, scale, Hkv,
+                           QUERIES: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                           DP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr):
+    """Mean over a row's queries of the largest weight among a group's heads. One program: one page.
+
+    The weight of a key is 2^(score - sum), with query_sums_kernel's sums.
+    """
+    n = tl.program_id(0)
+    r = tl.load(row + n)
+    d = tl.arange(0, DP)
+    slot = tl.arange(0, P)
+    at = tl.load(pages + n).to(tl.int64) * P + slot
+    K = tl.load(page_k + at[:, None] * D + d[None, :], (d < D)[None, :], 0.)        # (P, DP)
+    valid = tl.load(num_queries + r // Hkv).to(tl.int32)
+    total = tl.zeros([P], tl.float32)
+    for start in range(0, valid, BM):
+        i = start + tl.arange(0, BM)
+        largest = tl.zeros([BM, P], tl.float32)
+        for g in tl.static_range(G):
+            query = (r * G + g) * QUERIES + i
+            Q = tl.load(queries + query[:, None] * D + d[None, :], (d < D)[None, :], 0.)
+            s = tl.dot(Q, K.T, input_precision="ieee") * scale
+            largest = tl.maximum(largest, tl.exp2(s - tl.load(sums + query)[:, None]))
+        total += tl.sum(tl.where((i < valid)[:, None], largest, 0.), 0)
+    tl.store(scores + n * P + slot, total / valid)
+
+
+def query_attention(queries, num_queries, page_k, page_table, counts, pages, row, R):
+    """SnapKV's score of promoted tokens, before the neighbors. Twin: wgkv.query_attention.
+
+    queries (L, B, Hq, 256, D), of which num_queries (L, B) int64 count; page_table (rows, M) int32
+    and counts (rows) int64 of all rows; pages, row (n) int64: all pages in use and their rows.
+    Returns (n, P) fp32, with anything in slots that hold no token.
+    """
+    L, B, Hq, QUERIES, D = queries.shape
+    Hkv = len(counts) // (L * B)
+    P = page_k.shape[1]
+    DP = max(16, triton.next_power_of_2(D))
+    G = Hq // Hkv
+    sums = torch.empty(len(counts), G * QUERIES, device=queries.device, dtype=torch.float32)
+    scores = torch.empty(len(pages), P, device=queries.device, dtype=torch.float32)
+    scale = 1 / math.sqrt(D) / math.log(2)
+    sizes = dict(QUERIES=QUERIES, G=G, D=D, DP=DP, BM=64, P=P)
+    query_sums_kernel[(len(counts), G * QUERIES // 64)](
+        queries, page_k, page_table, counts, sums, scale, page_table.shape[1], R, **sizes)
+    query_attention_kernel[(len(pages),)](
+        queries, num_queries, page_k, pages, row, sums, scores, scale, Hkv, **sizes)
+    return scores
 
 
 # -------------------------------------------------------------------------- the rest of a layer

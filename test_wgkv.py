@@ -624,7 +624,7 @@ class Watched(DualCache):
 
     def attend(self, layer, q, k, v, cos, sin):
         y = super().attend(layer, q, k, v, cos, sin)
-        assert self.base.most_pages is None or q.shape[2] == 1 or in_use(self) <= self.base.most_pages
+        assert self.base.most_pages is None or in_use(self) <= self.base.most_pages
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         for b, (before, n) in enumerate(zip(self.num_tokens.tolist(), self.num_new.tolist())):
@@ -791,21 +791,32 @@ def test_best_tokens(seed, gpu):
         assert (cut == torch.tensor(gone[0])) if some_stay else cut > gone[0]
 
 
-def test_snapkv_scores(gpu):
+@pytest.mark.parametrize("path", ("pytorch", "triton"))
+def test_snapkv_scores(path, request, monkeypatch, gpu):
     """Softmax over a row's held keys, largest of the group, mean of 256 queries, largest of 5."""
     torch.manual_seed(4)
-    D, G, W = 16, 3, 20
+    D, G, W = 24, 3, 20
     for S in (90, 400):
         qkv = random_qkv(1, 2, 2, S, G, D)
         g = torch.rand(1, 2, 2, S)
-        cache = watched(g, W, 40, G=G, evict_by="snapkv")
+        g[0, 0, 0, :P] = 1                      # a row of full pages
+        g[0, 0, 0, P:] = 0
+        monkeypatch.setattr(wgkv, "kernels_for", lambda x: None)
+        cache = watched(g, W, 40, D=D, G=G, evict_by="snapkv")
         feed(cache, qkv, [[S - 30, S - 70]] + [[1, 1]] * 30)
+        if path == "triton":
+            cache.kernels = request.getfixturevalue("kernels")
         cos, sin = angles(torch.arange(S)[None], D)
         q = rotate(qkv[0][0], cos, sin)
         k = rotate(qkv[1][0], cos, sin)
-        pages = torch.cat([cache.page_table[0, b, h, cache.R:][:pages_for(cache.counts[0, b, h])]
-                           for b in range(2) for h in range(2)]).long()
-        scores = wgkv.snapkv_scores(cache, pages)
+        counts = cache.counts.flatten()
+        row = torch.arange(4).repeat_interleave(pages_for(counts))
+        pages, held = [], []
+        for r, count in enumerate(counts.tolist()):
+            table = cache.page_table.flatten(0, 2)[r, cache.R:]
+            pages += table[:pages_for(count)].tolist()
+            held += [i < count for i in range(pages_for(count) * P)]
+        scores = wgkv.snapkv_scores(cache, torch.tensor(pages), row, torch.tensor(held).view(-1, P))
         start = 0
         for b, n in enumerate((S, S - 40)):
             last = q[b, :, max(0, n - 256):n].view(2, G, -1, D)

@@ -978,21 +978,15 @@ class DualCache(Cache):
         pages = table[row, self.R + column].long()      # (n): all pages in use, row after row
         held = column[:, None] * P + torch.arange(P, device=self.device) < counts[row][:, None]
         pos = self.pool.pos[pages]                                          # (n, P)
-        scores = EVICTION_SCORES[self.evict_by](self, pages)                # (n, P)
+        scores = EVICTION_SCORES[self.evict_by](self, pages, row, held)     # (n, P)
         scores = scores.masked_fill(pos < SINKS, math.inf).masked_fill(~held, -1)
         keep, cut = best_tokens(scores, pos, row, len(counts), target)      # (n, P) bool
 
-        # Token number n of a row goes to place n of its list. It was there or further on: a token
-        # never overwrites one that has not been read yet.
         left = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
-        owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
-        number = torch.arange(len(owner), device=self.device) - (left.cumsum(0) - left)[owner]
-        source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
-        place = table[owner, self.R + number // P].long() * P + number % P
-        moved = source != place
-        for source, place in zip(source[moved].split(2**18), place[moved].split(2**18)):
-            self.pool.write(place, *self.pool.read(source))
-
+        if self.kernels:
+            self.kernels.compact(self.pool, table, counts, keep, self.R)
+        else:
+            self.compact(table, pages, row, keep, left)
         empty = column >= pages_for(left)[row]
         self.pool.release(pages[empty].int())
         table[row[empty], self.R + column[empty]] = 0
@@ -1002,6 +996,18 @@ class DualCache(Cache):
         self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
         if self.evict_by == "gate":
             self.raise_tau(cut)
+
+    def compact(self, table, pages, row, keep, left):
+        """Move the tokens to keep (n, P) of each row together, in order. Twin: kernels.compact.
+
+        pages, row (n): the pages in use and their rows, row after row; left (rows): tokens to keep.
+        """
+        # Token number n of a row goes to place n of its list. It was there, or further on.
+        owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
+        number = torch.arange(len(owner), device=self.device) - (left.cumsum(0) - left)[owner]
+        source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
+        place = table[owner, self.R + number // P].long() * P + number % P
+        self.pool.write(place, *self.pool.read(source))
 
     def raise_tau(self, tau):
         self.tau_now = tau
@@ -1156,34 +1162,53 @@ QUERIES = 256       # the last queries by which SnapKV judges
 REFUSED = -1.0      # a gate that no tau lets through; -inf would say that there is no token
 
 
-def gate_scores(cache, pages):
+def gate_scores(cache, pages, row, held):
     """The gates (n, P) of promoted tokens."""
     return cache.pool.g[pages]
 
 
-def snapkv_scores(cache, pages):
-    """The attention (n, P) that the last queries give to the tokens in pages, row after row.
+def snapkv_scores(cache, pages, row, held):
+    """The attention (n, P) that the last queries give to promoted tokens.
 
-    A softmax over the row's promoted keys alone, for each of the last QUERIES queries; of the G
-    queries of a group the largest weight, the mean over the queries, the largest of 5 neighbors.
+    pages (n), row (n) and held (n, P) bool: all pages in use, their rows, and their slots that hold
+    a token. For each of the last QUERIES queries a softmax over the row's promoted keys alone; of
+    the G queries of a group the largest weight; the mean over the queries; the largest of 5
+    neighbors in the row.
     """
-    scores = torch.zeros(len(pages), P, device=cache.device)
-    G = cache.queries.shape[2] // cache.Hkv
-    num_queries = cache.num_queries.tolist()
+    table = cache.all_page_table.flatten(0, 2)
+    counts = cache.all_counts.flatten()
+    num_queries = cache.num_queries.clamp(max=QUERIES)                      # (L, B)
+    score = cache.kernels.query_attention if cache.kernels else query_attention
+    weights = score(cache.queries, num_queries, cache.pool.k, table, counts, pages, row, cache.R)
+    weights = F.pad(weights.masked_fill(~held, 0).flatten(), (2, 2))        # (n P + 4)
+    owner = F.pad(row.repeat_interleave(P), (2, 2), value=-1)
+    largest_near = torch.zeros_like(weights[4:])
+    for shift in range(5):
+        same_row = owner[shift:shift + len(largest_near)] == owner[2:-2]
+        near = weights[shift:shift + len(largest_near)]
+        largest_near = torch.where(same_row, largest_near.maximum(near), largest_near)
+    return largest_near.view(-1, P)
+
+
+def query_attention(queries, num_queries, page_k, table, counts, pages, row, R):
+    """Mean over queries of the largest weight in a group, before the neighbors: (n, P) fp32.
+
+    queries (L, B, Hq, QUERIES, D), of which num_queries (L, B) count; page_k (N, P, D); table
+    (rows, M) and counts (rows) of all rows. Twin: kernels.query_attention.
+    """
+    L, B, Hq, _, D = queries.shape
+    Hkv = len(counts) // (L * B)
+    queries = queries.view(len(counts), Hq // Hkv, -1, D)                   # (rows, G, QUERIES, D)
+    scores = torch.zeros(len(pages), P, device=pages.device)
     start = 0
-    for layer, of_layer in enumerate(cache.all_counts.tolist()):
-        for b, of_sequence in enumerate(of_layer):
-            for h, count in enumerate(of_sequence):
-                if count == 0:
-                    continue
-                stop = start + pages_for(count)
-                k = cache.pool.k[pages[start:stop]].flatten(0, 1)[:count]       # (count, D)
-                q = cache.queries[layer, b, h * G:(h + 1) * G, :num_queries[layer][b]]  # (G, n, D)
-                weights = (q @ k.T).float().div_(math.sqrt(cache.D)).softmax(dim=-1)
-                mean = weights.amax(dim=0).mean(dim=0, keepdim=True)            # (1, count)
-                pooled = F.max_pool1d(mean, kernel_size=5, stride=1, padding=2)
-                scores[start:stop].view(-1)[:count] = pooled[0]
-                start = stop
+    for r, count in enumerate(counts.tolist()):
+        stop = start + pages_for(count)
+        if count > 0:
+            q = queries[r, :, :int(num_queries.flatten()[r // Hkv])]        # (G, n, D)
+            k = page_k[pages[start:stop]].flatten(0, 1)[:count]             # (count, D)
+            weights = (q @ k.T).float().div_(math.sqrt(D)).softmax(dim=-1)
+            scores[start:stop].view(-1)[:count] = weights.amax(dim=0).mean(dim=0)
+        start = stop
     return scores
 
 
@@ -1198,16 +1223,20 @@ def best_tokens(scores, pos, row, rows, target):
     least score that is high enough to stay).
     """
     def too_many(keep):
-        counts = torch.zeros(rows, dtype=torch.long, device=row.device)
-        return pages_for(counts.index_add_(0, row, keep.sum(dim=1))).sum() > target
+        counts = torch.zeros(rows, dtype=torch.int32, device=row.device)
+        counts.index_add_(0, row, keep.sum(dim=1, dtype=torch.int32))
+        return pages_for(counts).sum() > target
 
     # Numbers from 0 on are in the order of their bits.
     bits = scores.view(torch.int32)
     highest = largest(lambda c: too_many(bits >= c), row.device)    # the highest score to lose any
     better = bits > highest
     tied = bits == highest
-    newest = largest(lambda c: too_many(better | tied & (pos >= c)), row.device)
-    tied &= pos > newest
+    if tied.sum() == 1:                 # as almost always: it goes alone
+        tied = torch.zeros_like(tied)
+    else:
+        newest = largest(lambda c: too_many(better | tied & (pos >= c)), row.device)
+        tied &= pos > newest
     cut = torch.where(tied.any(), highest, highest + 1)
     return better | tied, cut.view(torch.float32).item()
 
