@@ -728,12 +728,13 @@ def validate(model, gates, make_sample, config):
     return result
 
 
-def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: None):
+def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: None,
+             read=prefill):
     """Greedy answers to the questions of documents.
 
     Returns ([score of each answer, 0 to 1], share of a dense cache that is kept after the bodies).
-    make_kv(documents of a batch) makes an empty cache. Each body is prefilled once; every question
-    then continues from a copy of its cache.
+    make_kv(documents of a batch) makes an empty cache. Each body is read once, by
+    read(model, kv, bodies); every question then continues from a copy of its cache.
     """
     scores = []
     kept = 0
@@ -741,7 +742,7 @@ def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: 
     for start in range(0, len(documents), batch):
         group = documents[start:start + batch]
         kv = make_kv(group)
-        prefill(model, kv, [text.encode(document.body) for document in group])
+        read(model, kv, [text.encode(document.body) for document in group])
         kept += kv.kept_bytes()
         dense += kv.dense_bytes()
         # The n-th questions of all documents are a batch; a document with fewer repeats one.

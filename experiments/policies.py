@@ -13,6 +13,7 @@ if its number reaches `tau`. Every policy here has the signature of `wgkv.Gates.
     HeadwiseAdmission      some heads keep every token, the others their window (as DuoAttention)
     OracleAdmission        the keys that the question attends to (the signal of SnapKV). Unfair: it
                            sees the question before it decides, and no other policy here does
+    Limited                any of them, in a cache with a budget or a selection
 
 `SIMPLER` is the table of all of them. `matched` makes one that keeps as many bytes as the gates.
 """
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 
 from generate import prefill
 from model import CausalAttention, rotate
-from wgkv import DenseCache, DualCache, RandomAdmission
+from wgkv import DenseCache, DualCache, P, RandomAdmission
 
 SINKS = 16
 
@@ -146,6 +147,34 @@ class OracleAdmission(PrecomputedAdmission):
         return 1 - rank / len(body)
 
 
+# --------------------------------------------------------------------------- with other primitives
+
+class Limited:
+    """An admission policy in a cache that also evicts, or selects.
+
+    tokens: the budget, in tokens a row on average, its window included (SnapKV's queries come on
+    top: this compares scores, and not their costs). evict_by and select: as in DualCache.
+    decoded: documents are read token by token, as if the model had written them.
+    """
+
+    def __init__(self, policy, tokens=None, evict_by="gate", select=None, decoded=False):
+        self.policy = policy
+        self.tokens = tokens
+        self.evict_by = evict_by
+        self.select = select
+        self.decoded = decoded
+
+    def make_cache(self, model, batch):
+        settings = dict(evict_by=self.evict_by, select=self.select)
+        budget = None
+        if self.tokens is not None:
+            # A cache without a bound tells what is fixed, and what a page takes.
+            kv = DualCache(model, self.policy, batch, budget=2**60, **settings)
+            pages = kv.L * batch * kv.Hkv * max(2, self.tokens // P - kv.R)
+            budget = kv.fixed_bytes() + pages * kv.page_bytes()
+        return DualCache(model, self.policy, batch, budget=budget, **settings)
+
+
 # --------------------------------------------------------------------- what full attention looks at
 
 class AttentionRecorder(CausalAttention):
@@ -223,6 +252,8 @@ def make_cache(model, text, policy, documents):
     """An empty cache for a batch of documents under a policy; None is full attention."""
     if policy is None:
         return DenseCache(model, len(documents))
+    if isinstance(policy, Limited):
+        return policy.make_cache(model, len(documents))
     if isinstance(policy, PrecomputedAdmission):
         policy.prepare(model, text, documents)
     return DualCache(model, policy, len(documents))

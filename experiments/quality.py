@@ -5,7 +5,7 @@
     python experiments/quality.py --data BOOK
         more questions, about a text of yours, and more policies
     python experiments/quality.py --data BOOK --books BOOKS --item 1
-        an experiment, 1 to 7, into .gates/quality-1.json
+        an experiment, 1 to 10, into .gates/quality-1.json
     python experiments/quality.py --prompts Q.jsonl
         the questions, for another engine to answer
     python experiments/quality.py --prompts Q.jsonl --score ANSWERS.jsonl
@@ -29,8 +29,11 @@ The experiments:
     5  gates trained on one kind of text, tested on another
     6  the width of the gate, and the key before or after RoPE alone
     7  what each head keeps
+    8  selection: tokens attended against right answers, with and without gates
+    9  a hard bound: eviction by gates and by SnapKV, with and without admission
+    10 a budget beside fixed lambda and tau of the same bytes
 
-Experiments 1, 2, 3, 5 and 6 train the gates they need. Trained gates and finished rows stay in
+Experiments 1, 2, 3, 5, 6 and 10 train the gates they need. Trained gates and finished rows stay in
 --work: give the same command again, and it goes on where it was stopped. Gates are trained on the
 text --books, questions are asked about the text --data. Where one of them is missing, the model
 writes a text itself.
@@ -38,6 +41,7 @@ writes a text itself.
 import functools
 import hashlib
 import json
+import math
 import random
 import re
 import statistics
@@ -55,11 +59,11 @@ import bench                                                                    
 import train                                                                    # noqa: E402
 from common import (HERE, Parser, UserError, check_writable, model_options,     # noqa: E402
                     progress, read_json, read_text, real, run_program, say, whole, write_text)
-from experiments.policies import (SIMPLER, OracleAdmission, SinksAndWindow,     # noqa: E402
-                                  make_cache, matched, rank_heads, uniform_random)
-from generate import Text, TextStream, load_model, prefill                      # noqa: E402
+from experiments.policies import (SIMPLER, Limited, OracleAdmission,            # noqa: E402
+                                  SinksAndWindow, make_cache, matched, rank_heads, uniform_random)
+from generate import Text, TextStream, decode, load_model, prefill              # noqa: E402
 from tiny import tasks                                                          # noqa: E402
-from wgkv import DualCache, Gates, fingerprint                                  # noqa: E402
+from wgkv import DualCache, Gates, RandomAdmission, fingerprint                 # noqa: E402
 
 TASKS = ("facts", "lists", "classes", "copy", "prose")
 
@@ -69,6 +73,10 @@ ONE_LAMBDA = 5.12                                   # experiments 5 and 6: keeps
 TAUS = (0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 0.6)       # experiment 1
 LENGTHS = (512, 1024, 2048, 4096, 8192)             # experiment 4, in tokens
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)                # experiment 4, as shares of a document
+SELECTED = (4096, 2048, 1024, 512, 256, 192)        # experiment 8: tokens of a row
+BUDGETS = (2048, 1024, 512, 384, 256)               # experiments 9 and 10: tokens a row on average
+RISING_LAMBDAS = (0.32, 1.28, 5.12)                 # experiment 10
+RISING_TAUS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)        # experiment 10
 
 # How gates are trained here: for the bundled model with larger steps than train.py's, for a GPU.
 SWEEP = replace(train.BUNDLED, seq_len=(4096,), tokens_per_step=32768, steps=300, lr=1e-3)
@@ -135,9 +143,51 @@ def score_answers(model, text, policy, documents, report):
         longest = max(len(d.body) for d in documents) // 4          # 4 characters a token
         batch = max(1, min(32, 2**17 // longest))
 
-    make_kv = functools.partial(make_cache, model, text, policy)
-    scores, kept = train.evaluate(model, text, make_kv, documents, batch, report)
-    return dict(interval(scores), kept=kept)
+    evicted = dict(evictions=0, tokens=0)
+    caches = []
+
+    def count():                                    # of the batch that has been read
+        for kv in caches:
+            evicted["evictions"] += kv.num_evictions
+            evicted["tokens"] += kv.num_evicted
+        caches.clear()
+
+    def make_kv(group):
+        count()
+        kv = make_cache(model, text, policy, group)
+        if isinstance(policy, Limited):
+            caches.append(kv)
+        return kv
+
+    read = prefill
+    if isinstance(policy, Limited) and policy.decoded:
+        read = functools.partial(read_by_decoding, end=min(text.end))
+    scores, kept = train.evaluate(model, text, make_kv, documents, batch, report, read)
+    count()
+    result = dict(interval(scores), kept=kept, scores=scores)
+    if isinstance(policy, Limited) and policy.tokens is not None:
+        batches = math.ceil(len(documents) / batch)
+        result.update(evictions_a_batch=evicted["evictions"] / batches, batch=batch,
+                      evicted_a_document=evicted["tokens"] / len(documents))
+    return result
+
+
+@torch.no_grad()
+def read_by_decoding(model, kv, bodies, end):
+    """Read texts token by token, as if the model had just written them, and then the token end."""
+    prefill(model, kv, [body[:1] for body in bodies])
+    longest = max(len(body) for body in bodies)
+    columns = torch.tensor([body[1:] + [end] * (longest + 1 - len(body)) for body in bodies])
+    columns = iter(columns.T.contiguous().to(model.device).unbind())    # longest of (B)
+    hidden = torch.zeros(len(bodies), model.config.hidden_size, device=model.device,
+                         dtype=model.dtype)
+    for _ in decode(model, kv, hidden, longest, {end}, choose=lambda logits: next(columns)):
+        pass
+
+
+def minus(scores, others):
+    """The interval of the paired differences of two lists of scores."""
+    return interval([a - b for a, b in zip(scores, others, strict=True)], bounded=False)
 
 
 def score_prose(model, text, policy, documents):
@@ -164,7 +214,7 @@ def score_prose(model, text, policy, documents):
 
         kept.append(kv.kept_bytes() / kv.dense_bytes())
         admitted.append(share_admitted(kv, ids.shape[1]))
-    return dict(prose=dict(interval(bits, bounded=False), kept=statistics.mean(kept)),
+    return dict(prose=dict(interval(bits, bounded=False), kept=statistics.mean(kept), scores=bits),
                 loss=interval(losses, bounded=False),
                 admitted=statistics.mean(admitted))
 
@@ -259,6 +309,9 @@ def show(row):
         if isinstance(r, dict) and "mean" in r:
             line += f"; {name} {r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f}"
             line += f"; full {full[name]:.3f})" if name in full else ")"
+            if "minus_full" in r:
+                d = r["minus_full"]
+                line += f", minus full {d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
     print(line, flush=True)
 
 
@@ -438,7 +491,12 @@ class Experiment:
         def policy_scores():
             policy = make()
             means = {name: full[name]["mean"] for name in names}
-            return dict(scores(policy), full=means, **also(policy))
+            result = scores(policy)
+            for name in names:          # scores stay with full attention alone, for the differences
+                own = result[name].pop("scores")
+                if "scores" in full[name]:
+                    result[name]["minus_full"] = minus(own, full[name]["scores"])
+            return dict(result, full=means, **also(policy))
 
         common = dict(tasks=[*names], **where)
         full = self.results.row(dict(policy="full attention", **common), lambda: scores(None))
@@ -629,10 +687,62 @@ def heads_of(model, text, gates):
     return dict(kept=kv.kept_bytes() / kv.dense_bytes(), map=shares.tolist(), heads=heads)
 
 
+def selection(x):
+    """8. Tokens attended in decode: selection alone (Quest), and from what gates leave."""
+    names = ("facts", "lists", "classes")
+    for tokens in SELECTED:
+        for policy, make in (("selection alone", lambda: RandomAdmission(1.0)),
+                             ("gates + selection", x.given_gates)):
+            x.measure(dict(policy=policy, tokens=tokens),
+                      lambda: Limited(with_window(x, make()), select=tokens), names)
+    x.measure(dict(policy="gates"), x.given_gates, names)
+
+
+def with_window(x, policy):
+    """A policy with the window of the gates at hand."""
+    policy.window = x.given_gates().window
+    return policy
+
+
+EVICTORS = {"oldest first": (False, "gate"),        # all gates are 1: attention sinks and a window
+            "SnapKV": (False, "snapkv"), "gates + SnapKV": (True, "snapkv"),
+            "gates + gate": (True, "gate")}
+
+
+def hard_bound(x):
+    """9. A hard bound on tokens held, for long prompts and for long answers."""
+    for decoded, names in ((False, ("facts", "lists", "classes")), (True, ("facts", "classes"))):
+        for tokens in BUDGETS:
+            for policy, (gated, evict_by) in EVICTORS.items():
+                def make():
+                    admission = x.given_gates() if gated else with_window(x, RandomAdmission(1.0))
+                    return Limited(admission, tokens, evict_by, decoded=decoded)
+
+                x.measure(dict(policy=policy, tokens=tokens, decoded=decoded), make, names)
+
+
+def rising_tau(x):
+    """10. A budget is a tau that rises: is it as good as the best fixed lambda and tau?"""
+    names = ("facts", "classes")
+
+    def make(lam, tau=None, tokens=None):
+        gates = x.gates(lam)
+        gates.tau = tau or gates.tau
+        return gates if tokens is None else Limited(gates, tokens)
+
+    for lam in x.args.lam or RISING_LAMBDAS:
+        for tau in RISING_TAUS:
+            x.measure(dict(policy="fixed tau", lam=lam, tau=tau),
+                      functools.partial(make, lam, tau), names)
+        for tokens in BUDGETS[1:]:
+            x.measure(dict(policy="budget", lam=lam, tokens=tokens),
+                      functools.partial(make, lam, tokens=tokens), names)
+
+
 ITEMS = {1: sparsity, 2: grace_period, 3: simpler_policies, 4: by_task, 5: by_domain, 6: by_width,
-         7: by_head}
-GIVEN_GATES = (4, 7, "summary")     # these measure given gates, the others train their own
-MUST_TRAIN = (2, 5, 6)              # these compare trainings: --gates does not go with them
+         7: by_head, 8: selection, 9: hard_bound, 10: rising_tau}
+GIVEN_GATES = (4, 7, 8, 9, "summary")   # these measure given gates, the others train their own
+MUST_TRAIN = (2, 5, 6, 10)              # these compare trainings: --gates does not go with them
 
 
 def summary(x):
@@ -715,7 +825,7 @@ def parse(argv):
     model_options(parser)
     group = parser.add_argument_group("what to measure (default: the gates beside simple policies)")
     group.add_argument("--item", type=int, nargs="+", action="extend", default=[], choices=ITEMS,
-                       metavar="N", help="these experiments, 1 to 7")
+                       metavar="N", help="these experiments, 1 to 10")
     group.add_argument("--quick", action="store_true",
                        help=f"fewer policies, {QUICK['cases']} questions a task, documents of "
                             f"{QUICK['length']:,} tokens")
@@ -737,7 +847,7 @@ def parse(argv):
                        help="gates to measure (default: the model's own)")
     group.add_argument("--tau", type=real(0, 1), help="instead of the gates' own threshold")
     group.add_argument("--books", metavar="TEXT", help="file or folder: a text to train gates on "
-                       "in experiments 1, 2, 3, 5 and 6 (default: the model writes one)")
+                       "in experiments 1, 2, 3, 5, 6 and 10 (default: the model writes one)")
     lambdas = " ".join(str(lam) for lam in LAMBDAS)
     group.add_argument("--lam", type=real(0), nargs="+", metavar="X",
                        help=f"lambdas of experiments 1 to 3 (default: {lambdas}); 5 and 6 take the "
