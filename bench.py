@@ -2,6 +2,7 @@
 
     python bench.py                                   the bundled model: prefill and decode
     python bench.py kernels --shape llama-3.1-8b      one layer's attention beside cuDNN's, on a GPU
+    python bench.py primitives --shape llama-3.1-8b   selection and eviction, on a GPU
     python bench.py train --shape llama-3.1-8b        soft attention and a training step, on a GPU
     python bench.py all --shape llama-3.1-8b          everything, for an 8B model of random weights
     python bench.py --plot                            draws assets/time.png from assets/h200.json
@@ -50,7 +51,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generate import Text, decode, load_model, make_admission, prefill
 from model import Config, Llama, check_memory
-from wgkv import P, DenseCache, DualCache, Gates, pages_for
+from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second
 
@@ -408,6 +409,102 @@ def time_decode_attention(c, pages, tokens, args):
                 mbu=needed / median(decode_s) / args.peaks["bandwidth"])
 
 
+# ------------------------------------------------------------------------- selection and eviction
+
+@torch.no_grad()
+def bench_primitives(model, args):
+    """Selection in each layer of a decode step; evicting a tenth of a cache, by two scores."""
+    share = 0.25 if args.admit == "gates" else args.admit[0]
+    for tokens in args.tokens:
+        yield dict(tokens=tokens, share=share, select=args.select,
+                   **time_selection(model, share, tokens, args),
+                   **time_evictions(model, share, tokens, args))
+
+
+def random_cache(model, share, tokens, window, **settings):
+    """A DualCache behind so many tokens, of which each row has promoted `share`, in random pages.
+
+    No model has read them: keys, values and gates are random numbers.
+    """
+    policy = RandomAdmission(share)
+    policy.window = window
+    kv = DualCache(model, policy, **settings)
+    count = int(share * max(0, tokens - window))
+    pages = pages_for(count)
+    kv.pool.grow(kv.counts.numel() * pages)
+    ids = kv.pool.take(kv.counts.numel() * pages)
+    ids = ids[torch.randperm(len(ids), device=ids.device)].view(*kv.counts.shape, pages)
+    kv.all_page_table = torch.cat((kv.all_page_table, ids), dim=3)
+    kv.pool.k.normal_()
+    kv.pool.v.normal_()
+    kv.pool.g.uniform_(kv.tau, 1)
+    kv.pool.pos[ids.long()] = torch.arange(pages * P, device=ids.device).int().view(-1, P)
+    kv.all_counts.fill_(count)
+    kv.all_num_tokens.fill_(tokens)
+    if kv.queries is not None:
+        kv.queries.normal_()
+        kv.num_queries.fill_(tokens)
+    kv.bound_pages(kv.all_page_table, torch.zeros_like(kv.all_counts), kv.all_counts)
+    return kv
+
+
+def time_selection(model, share, tokens, args):
+    """Seconds a layer to attend to all pages, to choose some, and to choose and attend to these.
+
+    All layers in turn, each with its own pages, so that nothing sits in the GPU's L2 cache.
+    """
+    import kernels
+    kv = random_cache(model, share, tokens, args.window, select=args.select)
+    c = model.config
+    q = torch.randn(kv.L, 1, c.num_heads, 1, c.head_dim, device=model.device, dtype=model.dtype)
+    num_new = torch.ones_like(kv.num_tokens)
+
+    def plan(counts):
+        return kernels.plan_decode(counts, kv.num_tokens, num_new, kv.R, kv.window, P)
+
+    def choose(layer):
+        return kernels.select_pages(q[layer], kv.pool, kv.page_table[layer], kv.counts[layer],
+                                    kv.R, kv.most_selected)
+
+    everything = plan(kv.counts)
+    with kv.decoding():
+        chosen = plan(kv.attended())
+
+    def attend_to_all():
+        for layer in range(kv.L):
+            kernels.decode_attention(q[layer], kv.pool.k, kv.pool.v, kv.page_table[layer],
+                                     everything, layer)
+
+    def only_choose():
+        for layer in range(kv.L):
+            choose(layer)
+
+    def choose_and_attend():
+        for layer in range(kv.L):
+            kernels.decode_attention(q[layer], kv.pool.k, kv.pool.v, choose(layer), chosen, layer)
+
+    times = device_times(attend_to_all, only_choose, choose_and_attend, runs=args.runs, inner=1)
+    dense_s, choose_s, gated_s = ([seconds / kv.L for seconds in side] for side in times)
+    return dict(all_s=dense_s, choose_s=choose_s, chosen_s=gated_s, ratio=over(gated_s, dense_s))
+
+
+def time_evictions(model, share, tokens, args):
+    """Seconds to evict a tenth of a cache in all layers, by each score."""
+    result = {}
+    for score in ("gate", "snapkv"):
+        seconds = []
+        for run in range(args.runs + 1):
+            kv = random_cache(model, share, tokens, args.window, budget=2**60, evict_by=score)
+            target = 9 * int(pages_for(kv.counts).sum()) // 10
+            start = clock(model.device)
+            kv.evict(target)
+            seconds.append(clock(model.device) - start)
+            del kv
+            free_memory(model.device)
+        result[f"{score}_s"] = seconds[1:]          # the first one compiles kernels
+    return result
+
+
 # ------------------------------------------------------------------------------------ whole models
 
 @torch.no_grad()
@@ -416,6 +513,8 @@ def bench_prefill(model, args):
     policy = admission_policy(model, args)
     short = [make_prompt(model, min(max(args.tokens), 2 * args.chunk), args)]
     read_prompts(model, DualCache(model, policy), short, args.chunk)    # compiles the kernels
+    if args.dense_up_to:
+        read_prompts(model, DenseCache(model), short, 2 * args.chunk)
     for tokens in args.tokens:
         yield time_prefill(model, policy, tokens, args)
 
@@ -627,17 +726,21 @@ def draw_time(pyplot, figures):
 
 # ---------------------------------------------------------------------------------------- program
 
-BENCHES = dict(kernels=bench_kernels, prefill=bench_prefill, decode=bench_decode, train=bench_train)
-NEED_A_GPU = ("kernels", "train")           # what they time is Triton on CUDA
+BENCHES = dict(kernels=bench_kernels, primitives=bench_primitives, prefill=bench_prefill,
+               decode=bench_decode, train=bench_train)
+NEED_A_GPU = ("kernels", "primitives", "train")         # what they time is Triton on CUDA
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
+    primitives="tokens all_s choose_s chosen_s ratio gate_s snapkv_s",
     prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib peak_gib",
     decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share kept_gib "
            "peak_gib",
     train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
 HEADINGS = {                                # of columns whose name in --json is too long
     "flops_ratio": "of FLOPs", "ratio_transformers": "ratio hf", "over_dense": "ratio",
-    "transformers_s": "transf. (hf)", "kept_share": "kept", "tokens_per_s": "tokens/s",
+    "transformers_s": "transf. (hf)", "all_s": "attend all", "chosen_s": "choose, attend",
+    "gate_s": "evict by gate", "snapkv_s": "by snapkv", "kept_share": "kept",
+    "tokens_per_s": "tokens/s",
     "kept_gib": "kept GiB", "peak_gib": "peak GiB"}
 
 
@@ -711,6 +814,8 @@ def make_parser():
     parser.add_argument("--chunk", type=whole(1), metavar="N",
                         help="prompt tokens that are read at once (4096; on a GPU 8192)")
     parser.add_argument("--runs", type=whole(1), default=3, metavar="N", help="of each side (3)")
+    parser.add_argument("--select", type=whole(1), default=4096, metavar="N",
+                        help="primitives: tokens of a row that are selected (4096)")
     parser.add_argument("--steps", type=whole(1), default=32, metavar="N",
                         help="decode steps a run (32)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go")

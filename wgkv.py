@@ -24,9 +24,10 @@ WHY. For Llama-3.1-8B a token's keys and values take 2 x 32 layers x 8 heads x 1
 a GPU has time for hundreds, so it is bound by memory bandwidth: a cache of a fifth of the size is
 read in a fifth of the time.
 
-FOUR WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An admitted token is
-*promoted* when it leaves the window: copied to the pages of its row. The share a cache *keeps* is
-the bytes it uses over the bytes a dense cache would use.
+SOME WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An admitted token is
+*promoted* when it leaves the window: copied to the pages of its row. It is *held* from then on,
+until it is *evicted*, which only a cache with a budget does. The share a cache *keeps* is the bytes
+it uses over the bytes a dense cache would use.
 
 THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads,
 G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
@@ -36,8 +37,9 @@ A *place* is an index in a row's list of pages, a *slot* an index in the pool.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
-To be read in this order: the definition; the method in thirty lines; gates; the paged cache;
-attention in plain PyTorch; training. kernels.py has the same operations in Triton.
+To be read in this order: the definition; the method in thirty lines; gates; the paged cache, whose
+passages on eviction and selection can wait; attention in plain PyTorch; training. kernels.py has the
+same operations in Triton.
 """
 import contextlib
 import copy
