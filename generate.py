@@ -598,9 +598,12 @@ class Session:
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
+        if self.args.show_kept is not None:
+            self.kv.admission = AdmissionLog(self.kv.admission, self.kv.tau)
         hidden = self.prefill(self.prompts)
         if self.args.show_kept is not None:
-            self.show_kept()
+            self.show_kept(self.kv.admission.admitted())
+            self.kv.admission = self.kv.admission.policy
         self.decode(hidden, self.prompts)
         if self.args.interactive:
             for line in typed_lines():
@@ -687,22 +690,44 @@ class Session:
         if f["kept_share"] > 1:
             say("         (more than dense: whole pages and tables cost more than was refused)")
         if self.args.budget is not None:
-            say(f"evicted  {self.kv.num_evicted:8,} tokens, counted in each layer and head, at "
-                f"{self.kv.num_evictions} times; tau is {self.kv.tau_now:.3g} now")
+            say(f"evicted  {self.kv.num_evicted:8,} tokens of all heads   (evictions: "
+                f"{self.kv.num_evictions}; tau is now {self.kv.tau_now:.3g})")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
             say(json.dumps(f))
 
-    def show_kept(self):
-        """Write the page of --show-kept for the prompt, which has just been read."""
+    def show_kept(self, admitted):
+        """Write the page of --show-kept for the prompt, which has just been read.
+
+        admitted (L, Hkv, S) bool: by the gates and the first tau, whatever was evicted since.
+        """
         decided_by = f"--admit {self.args.admit}"
         if self.gates is not None:
             decided_by = Path(self.gates).name
+        held = self.kv.admitted()
         page = kept_page(
-            token_texts(self.text, self.prompts[0]), self.kv.admitted(), self.kv.window,
-            self.kv.tau, f"{self.model.name}, {decided_by}",
+            token_texts(self.text, self.prompts[0]), held, admitted & ~held, self.kv.window,
+            self.kv.tau_now, f"{self.model.name}, {decided_by}",
             self.kv.kept_bytes() / self.kv.dense_bytes())
         write_text(self.args.show_kept, page)
+
+
+class AdmissionLog:
+    """An admission policy that notes what another one admits, of a cache's first sequence."""
+
+    def __init__(self, policy, tau):
+        self.policy = policy
+        self.tau = tau
+        self.layers = {}            # layer -> for each call (Hkv, T) bool
+
+    def gate(self, layer, k, k_rotated, positions):
+        g = self.policy.gate(layer, k, k_rotated, positions)
+        self.layers.setdefault(layer, []).append((g[0] >= self.tau).cpu())
+        return g
+
+    def admitted(self):
+        """(L, Hkv, S) bool."""
+        return torch.stack([torch.cat(self.layers[n], dim=1) for n in sorted(self.layers)])
 
 
 def token_texts(text, ids):
@@ -718,24 +743,30 @@ def token_texts(text, ids):
     return texts
 
 
-def kept_page(pieces, admitted, window, tau, title, kept_share):
-    """An HTML page that needs nothing else: each token, colored by how many heads admitted it.
+def kept_page(pieces, held, evicted, window, tau, title, kept_share):
+    """An HTML page that needs nothing else: each token, colored by how many heads hold it.
 
-    pieces: the text of the S tokens. admitted (L, Hkv, S) bool. The page gets that in base64, as S
-    rows of ceil(L * Hkv / 8) bytes: head n of a token, counted layer by layer, is bit n % 8 of
-    byte n // 8.
+    pieces: the text of the S tokens. held, evicted (L, Hkv, S) bool: by which heads.
     """
-    by_token = admitted.cpu().flatten(0, 1).T                           # (S, L * Hkv)
-    unused_bits = -by_token.shape[1] % 8
-    bits = F.pad(by_token, (0, unused_bits)).reshape(-1, 8)             # (S * bytes, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1)   # (S * bytes,)
     data = json.dumps(dict(
-        pieces=pieces, layers=admitted.shape[0], heads=admitted.shape[1], ring=window,
-        bits=base64.b64encode(bytes(packed.tolist())).decode(), tau=tau, title=title,
-        kept_share=kept_share))
+        pieces=pieces, layers=held.shape[0], heads=held.shape[1], ring=window,
+        bits=packed_bits(held), evicted=packed_bits(evicted) if evicted.any() else None, tau=tau,
+        title=title, kept_share=kept_share))
     data = data.replace("<", "\\u003c")         # so that no text can end the script
     page = (HERE / "assets" / "kept.html").read_text(encoding="utf-8")
     return page.replace("{{data}}", data)
+
+
+def packed_bits(mask):
+    """A mask (L, Hkv, S) for the page, in base64: S rows of ceil(L * Hkv / 8) bytes.
+
+    Head n of a token, counted layer by layer, is bit n % 8 of byte n // 8.
+    """
+    by_token = mask.cpu().flatten(0, 1).T                               # (S, L * Hkv)
+    unused_bits = -by_token.shape[1] % 8
+    bits = F.pad(by_token, (0, unused_bits)).reshape(-1, 8)             # (S * bytes, 8)
+    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1)   # (S * bytes,)
+    return base64.b64encode(bytes(packed.tolist())).decode()
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -784,7 +815,7 @@ def parse(argv):
                        "(default: 1, from all)")
     group = parser.add_argument_group("output")
     group.add_argument("--show-kept", metavar="FILE.html",
-                       help="write a page that shows which tokens were kept")
+                       help="write a page that shows which tokens were kept, and which evicted")
     group.add_argument("--json", action="store_true",
                        help="end with the figures as one line of JSON on stderr")
     args = parser.parse_args(argv)

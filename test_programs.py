@@ -1427,8 +1427,8 @@ def page_data(page):
 
 def page_of(L=2, Hkv=3, pieces=HOSTILE_TEXTS, title="tiny, gates.safetensors", seed=0):
     generator = torch.Generator().manual_seed(seed)
-    admitted = torch.rand(L, Hkv, len(pieces), generator=generator) < 0.4
-    return kept_page(pieces, admitted, 4, 0.1, title, 0.25), admitted
+    x = torch.rand(L, Hkv, len(pieces), generator=generator)
+    return kept_page(pieces, x < 0.4, x > 0.8, 4, 0.1, title, 0.25), x
 
 
 def test_the_page_needs_nothing_from_outside():
@@ -1455,14 +1455,20 @@ def test_no_token_and_no_title_can_break_out():
 @pytest.mark.parametrize("L, Hkv", [(1, 1), (2, 4), (3, 3), (32, 8)])   # 1, 8, 9 and 256 heads
 def test_the_bits_are_what_was_admitted(L, Hkv):
     """A bit in the wrong place shows another head's admissions."""
-    page, admitted = page_of(L, Hkv)
+    page, x = page_of(L, Hkv)
     data = page_data(page)
-    packed = base64.b64decode(data["bits"])
-    S = len(data["pieces"])
+    assert torch.equal(unpacked(data["bits"], data), x < 0.4)
+    assert torch.equal(unpacked(data["evicted"], data), x > 0.8)
+
+
+def unpacked(bits, data):
+    """(L, Hkv, S) bool out of a page's data."""
+    packed = base64.b64decode(bits)
+    S, heads = len(data["pieces"]), data["layers"] * data["heads"]
     row = len(packed) // S
-    assert row == -(-L * Hkv // 8)
-    bits = [[packed[t * row + n // 8] >> n % 8 & 1 for t in range(S)] for n in range(L * Hkv)]
-    assert torch.equal(torch.tensor(bits).view(L, Hkv, S).bool(), admitted)
+    assert row == -(-heads // 8)
+    bits = [[packed[t * row + n // 8] >> n % 8 & 1 for t in range(S)] for n in range(heads)]
+    return torch.tensor(bits).view(data["layers"], data["heads"], S).bool()
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -1620,7 +1626,38 @@ def test_show_kept_writes_one_page(capsys, tmp_path, prompt):
     data = page_data(page.read_text())
     assert data["pieces"][0] == "<|begin|>"
     assert "".join(data["pieces"][1:]) == Path(prompt).read_text().rstrip("\n")
+    assert data["evicted"] is None
     assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_budget_from_the_command_line(capsys, tmp_path):
+    """Never more bytes than asked for; the report and the page tell what went, and the tau."""
+    page = tmp_path / "kept.html"
+    options = ["--admit", "all", "--chunk", "700", "--show-kept", str(page)]
+    for budget, most in (("8%", 0.08 * 2 * 8 * 4 * 32 * 4), ("2.5MiB", 2.5 * 2**20)):
+        assert generate.main(["--device", "cpu", "--max-new-tokens", "3", "--budget", budget,
+                              "--json", *options]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        figures = json.loads(lines[-1])
+        if budget == "8%":              # of the prompt's tokens and three new ones
+            most *= figures["prompt_tokens"] + 3
+        assert figures["kept_bytes"] <= most
+        assert figures["evictions"] > 1 and figures["evicted_tokens"] > 1000
+        assert figures["final_tau"] == 1        # all gates are 1: the oldest go
+        [line] = [line for line in lines if line.startswith("evicted")]
+        assert f"{figures['evicted_tokens']:,} tokens" in line and "tau is now 1" in line
+
+        data = page_data(page.read_text())
+        held, evicted = unpacked(data["bits"], data), unpacked(data["evicted"], data)
+        assert (held ^ evicted).all()           # all were admitted, and are either held or evicted
+        assert held[:, :, :4].all() and not held[:, :, 10:500].any()    # the sinks, and old ones
+
+
+def test_selection_from_the_command_line(capsys):
+    """The bundled model answers from pages chosen in each step, and no worse from all of them."""
+    plain = answer(capsys)
+    assert answer(capsys, "--select", "4096") == plain
+    assert "Martha" in answer(capsys, "--select", "1024")
 
 
 def test_help_is_for_people(capsys):
@@ -1670,6 +1707,16 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--interactive --prompt A B": "--interactive",
     "--dense --tau 0": "--dense",
     "--dense --admit none": "--dense",
+    "--dense --budget 10%": "--dense",
+    "--dense --select 512": "--dense",
+    "--budget 1MiB": "a budget of 1,048,576 bytes is too small for this cache",
+    "--budget 1%": "two pages a row take 2,1",
+    "--budget 10": "is too small",
+    "--budget ten": "'ten' is no size like 256MiB and no share like 10%",
+    "--budget 10% --interactive": "--interactive",
+    "--budget 1GiB --evict oldest": "--evict",
+    "--evict snapkv": "--budget",
+    "--select 191": "the window's pages and one more have 192",
     "stray": "stray",
 }
 
