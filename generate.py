@@ -25,14 +25,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer
-
+# Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
 from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
                     drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
                     quoted, read_json, read_text, reading, real, run_program, say, whole,
                     write_text)
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer
+
 from model import Llama, find_folder
 from wgkv import DenseCache, DualCache, Gates, RandomAdmission
 

@@ -1683,6 +1683,7 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--gates nowhere.safetensors": "nowhere.safetensors",
     "--gates GARBAGE": "GARBAGE",
     "--gates GARBAGE.pt": "GARBAGE.pt cannot be read as a dict of tensors: it is not a file of",
+    "--gates TEXT.pt": "TEXT.pt cannot be read as a dict of tensors: it is not a file of",
     "--gates ''": "cannot be read",
     "--gates OTHER": "these gates are for",
     "--admit some": "--admit: should be a number from 0 to 1, it is 'some'",
@@ -1740,6 +1741,7 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, capsys, monkeypat
     Path("LATIN").write_bytes("caf\u00e9".encode("latin-1"))
     for name in ("GARBAGE", "GARBAGE.pt"):
         Path(name).write_bytes(b"\x08" * 100)
+    Path("TEXT.pt").write_text("hello, this is a text")
     Path("WIDE").write_text("a \u2603wide load")
     Path("FOLDER").mkdir()
     Path("EMPTYFOLDER").mkdir()
@@ -1848,7 +1850,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 4              # no temporary file is left
 
 
-@pytest.mark.parametrize("program", ["train.py", "bench.py"])
+@pytest.mark.parametrize("program", ["generate.py", "train.py", "bench.py"])
 def test_ctrl_c_while_torch_is_imported(program, tmp_path):
     """A traceback for who changes their mind in the first two seconds."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")

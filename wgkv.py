@@ -46,6 +46,7 @@ import copy
 import hashlib
 import math
 import os
+import pickle
 import re
 
 import torch
@@ -1544,7 +1545,10 @@ def read_official(path):
     check_regular(path, most=2**32)             # gates of an 8B model have some 128 MiB
     with reading(path, "read as a dict of tensors"):
         # weights_only: a pickle can run any code while it is read; this way it cannot.
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (KeyError, IndexError, EOFError):        # the unpickler, from a file of another kind
+            raise pickle.UnpicklingError from None
     if not isinstance(stored, dict):
         raise UserError(f"{path} should hold a dict of tensors, it holds a {type(stored).__name__}")
     tensors = {}
