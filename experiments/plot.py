@@ -5,6 +5,7 @@
 The JSON files are those of `quality.py --item N`. A picture is drawn if its file is there.
 """
 import json
+import operator
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from common import HERE, Parser, UserError, replacing, run_program, say         
 
 FOLDER = HERE / "experiments"
 GREY = "#888888"
+RIGHT = (-0.02, 1.04)           # the axis of shares of right answers
 TITLES = {"facts": "needle retrieval", "lists": "multi-value retrieval",
           "classes": "many-shot classification", "copy": "copying", "prose": "prose, bits per byte"}
 
@@ -49,23 +51,42 @@ def read_rows(experiment):
 
 # ------------------------------------------------------------------------------- parts of pictures
 
-def draw_curves(axis, rows, label, x, y):
-    """One line for each value of label(row): an interval row[y] over a share row[x]."""
+def draw_curves(axis, rows, label, x, y, style="o-", named=True):
+    """One line for each value of label(row): an interval row[y] over a number x(row).
+
+    named: the lines get entries in the legend.
+    """
     labels = list(dict.fromkeys(label(row) for row in rows))        # in the order of the file
     for n, name in enumerate(labels):
-        points = sorted((row[x], row[y]["mean"], row[y]["low"], row[y]["high"])
+        points = sorted((x(row), row[y]["mean"], row[y]["low"], row[y]["high"])
                         for row in rows if label(row) == name)
-        shares, means, lows, highs = zip(*points)
+        where, means, lows, highs = zip(*points)
         below = [mean - low for mean, low in zip(means, lows)]
         above = [high - mean for mean, high in zip(means, highs)]
-        axis.errorbar(shares, means, (below, above), fmt="o-", markersize=3, linewidth=1.2,
-                      elinewidth=0.6, label=name, color=f"C{n}")
+        axis.errorbar(where, means, (below, above), fmt=style, markersize=3, linewidth=1.2,
+                      elinewidth=0.6, label=name if named else None, color=f"C{n}")
 
+
+def scale_shares(axis):
+    """Across goes a share of a dense cache, or of the tokens."""
     axis.set_xscale("log")
     ticks = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1)
     axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
     axis.minorticks_off()
     axis.autoscale(axis="x")            # to the points: the ticks have widened the axis
+
+
+def scale_tokens(axis, rows):
+    """Across go the numbers of tokens that the rows were measured at."""
+    axis.set_xscale("log")
+    ticks = sorted({tokens_of(row) for row in rows})
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(RIGHT)
+
+
+def tokens_of(row):
+    return row["settings"]["tokens"]
 
 
 def draw_full_attention(axis, full, task):
@@ -83,7 +104,8 @@ def draw_sparsity(pyplot, rows, full):
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, x, y in ((left, "admitted", "loss"), (right, "kept", "facts")):
-        draw_curves(axis, rows, name, x, y)
+        draw_curves(axis, rows, name, operator.itemgetter(x), y)
+        scale_shares(axis)
         default = [row for row in rows if row["settings"]["tau"] == 0.1]
         axis.plot([row[x] for row in default], [row[y]["mean"] for row in default], "k*",
                   markersize=9, zorder=3, label="tau = 0.1")
@@ -102,7 +124,9 @@ def draw_sparsity(pyplot, rows, full):
 def draw_grace_period(pyplot, rows, full):
     """2. Loss over the share admitted, with and without a window."""
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    draw_curves(axis, rows, lambda row: f"W = {row['settings']['W']}", "admitted", "loss")
+    draw_curves(axis, rows, lambda row: f"W = {row['settings']['W']}",
+                operator.itemgetter("admitted"), "loss")
+    scale_shares(axis)
     for style, (name, points) in zip((":", "--"), PAPER_WINDOWS.items()):
         axis.plot(*zip(*points), style, color=GREY, label=f"the paper, {name}")
     axis.set(yscale="log", xlabel="share admitted outside the window",
@@ -118,7 +142,8 @@ def draw_policies(pyplot, rows, full):
 
     figure, axes = pyplot.subplots(1, len(TITLES), figsize=(17, 3.6))
     for axis, (task, title) in zip(axes, TITLES.items()):
-        draw_curves(axis, rows, name, "kept", task)
+        draw_curves(axis, rows, name, operator.itemgetter("kept"), task)
+        scale_shares(axis)
         draw_full_attention(axis, full, task)
         axis.set(xlabel="kept", title=title)
     # One legend for all, where it hides no curve.
@@ -172,7 +197,67 @@ def draw_heads(pyplot, rows, full):
     return figure, ()
 
 
-PICTURES = {1: draw_sparsity, 2: draw_grace_period, 3: draw_policies, 4: draw_tasks, 7: draw_heads}
+def draw_selection(pyplot, rows, full):
+    """8. Right answers over the most tokens of a row that decode attends to."""
+    selected = [row for row in rows if "tokens" in row["settings"]]
+    [gates] = [row for row in rows if row not in selected]
+    tasks = ("facts", "lists", "classes")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    for axis, task in zip(axes, tasks):
+        draw_curves(axis, selected, policy_of, tokens_of, task)
+        scale_tokens(axis, selected)
+        draw_full_attention(axis, full, task)
+        axis.axhline(gates[task]["mean"], color=GREY, linewidth=0.8, linestyle="--",
+                     label="gates, all that they keep")
+        axis.set(xlabel="tokens of a row attended to, at most", title=TITLES[task])
+    axes[0].set_ylabel("right answers")
+    return figure, axes[:1]
+
+
+def draw_hard_bound(pyplot, rows, full):
+    """9. Right answers over the bound, for prompts (lines) and decoded texts (dotted)."""
+    tasks = ("facts", "lists", "classes")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    for axis, task in zip(axes, tasks):
+        prompts, decoded = [
+            [row for row in rows if task in row and row["settings"]["decoded"] == is_decoded]
+            for is_decoded in (False, True)]
+        draw_curves(axis, prompts, policy_of, tokens_of, task)
+        draw_curves(axis, decoded, policy_of, tokens_of, task, "x:", named=False)
+        scale_tokens(axis, prompts)
+        draw_full_attention(axis, full, task)
+        axis.set(xlabel="bound, in tokens a row", title=TITLES[task])
+    axes[0].set_ylabel("right answers")
+    axes[0].plot([], [], "x:", color="black", markersize=3, linewidth=1.2, label="a decoded text")
+    return figure, axes[:1]
+
+
+def draw_rising_tau(pyplot, rows, full):
+    """10. Right answers over the bytes kept: a fixed tau, and a budget, for each lambda."""
+    def name(row):
+        return f"lambda {row['settings']['lam']}"
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, task in zip(axes, ("facts", "classes")):
+        for policy, style in (("fixed tau", "o-"), ("budget", "s--")):
+            some = [row for row in rows if policy_of(row) == policy]
+            draw_curves(axis, some, name, lambda row: row[task]["kept"], task, style,
+                        named=policy == "fixed tau")
+        scale_shares(axis)
+        draw_full_attention(axis, full, task)
+        axis.set(xlabel="kept (bytes, of a dense cache)", title=TITLES[task], ylim=RIGHT)
+    for style, label in (("o-", "fixed tau"), ("s--", "budget")):
+        axes[0].plot([], [], style, color="black", markersize=3, linewidth=1.2, label=label)
+    axes[0].set_ylabel("right answers")
+    return figure, axes[:1]
+
+
+def policy_of(row):
+    return row["settings"]["policy"]
+
+
+PICTURES = {1: draw_sparsity, 2: draw_grace_period, 3: draw_policies, 4: draw_tasks, 7: draw_heads,
+            8: draw_selection, 9: draw_hard_bound, 10: draw_rising_tau}
 
 
 def main(argv=None):
