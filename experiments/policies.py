@@ -153,7 +153,8 @@ class Limited:
     """An admission policy in a cache that also evicts, or selects.
 
     tokens: the budget, in tokens a row on average, its window included (SnapKV's queries come on
-    top: this compares scores, and not their costs). evict_by and select: as in DualCache.
+    top: this compares scores, and not their costs). To read a question and to decode, the cache
+    sets a page a row aside: answers come from P tokens less. evict_by and select: as in DualCache.
     decoded: documents are read token by token, as if the model had written them.
     """
 

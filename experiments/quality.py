@@ -137,7 +137,11 @@ def one_question_each(documents):
 
 
 def score_answers(model, text, policy, documents, report):
-    """The interval of how right the answers to the documents' questions are, and what was kept."""
+    """The interval of how right the answers to the documents' questions are, and what was kept.
+
+    With a budget also "evictions_a_batch" and "evicted_a_document", tokens of all its rows. They
+    count evictions while documents are read: each question is asked to a copy of the cache.
+    """
     batch = 8
     if model.device.type == "cuda":                 # about 131,072 tokens at once
         longest = max(len(d.body) for d in documents) // 4          # 4 characters a token
@@ -849,9 +853,10 @@ def parse(argv):
     group.add_argument("--books", metavar="TEXT", help="file or folder: a text to train gates on "
                        "in experiments 1, 2, 3, 5, 6 and 10 (default: the model writes one)")
     lambdas = " ".join(str(lam) for lam in LAMBDAS)
+    rising = " ".join(str(lam) for lam in RISING_LAMBDAS)
     group.add_argument("--lam", type=real(0), nargs="+", metavar="X",
-                       help=f"lambdas of experiments 1 to 3 (default: {lambdas}); 5 and 6 take the "
-                            f"first one (default: {ONE_LAMBDA})")
+                       help=f"lambdas of experiments 1 to 3 (default: {lambdas}) and 10 (default: "
+                            f"{rising}); 5 and 6 take the first one (default: {ONE_LAMBDA})")
     group.add_argument("--train-steps", type=whole(1), metavar="N",
                        help=f"steps per training (default: {SWEEP.steps} for the bundled model)")
 
