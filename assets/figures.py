@@ -1,9 +1,10 @@
-"""The README's five drawings of the mechanism: `python assets/figures.py` writes assets/*.svg.
+"""The README's six drawings of the mechanism: `python assets/figures.py` writes assets/*.svg.
 
     token.svg       a token's life: the ring, the gate, and then a page or nothing
     pages.svg       two rows of very different lengths in one page pool
     prefill.svg     what one block of queries reads in prefill
     decode.svg      how decode's work is split among programs, and combined again
+    primitives.svg  one row's tokens under admission, eviction and selection
     training.svg    the curve of the sparsity loss, and the tiles of the training kernels
 
 Standard library only. Each function first works out a small example by the rules of wgkv.py and
@@ -26,9 +27,9 @@ COLORS = {
     "window": (("#b9d9f8", "#1f78c8", "#0f5ea8"), ("#1b4471", "#79bdff", "#79bdff")),
     # its gate reached tau; promoted
     "admitted": (("#ffd79b", "#c86a00", "#8f4700"), ("#6a400f", "#f7ab4e", "#f7ab4e")),
-    # not admitted; a slot or page that nobody uses
+    # not admitted, evicted, or not read; a slot or page that nobody uses
     "gone": (("#e9ecef", "#7d8590", "#505963"), ("#262c35", "#7d8590", "#a9b3bd")),
-    # queries and their outputs
+    # queries, their outputs, and the pages they chose
     "query": (("#bdebd3", "#0f8f58", "#096b41"), ("#12573a", "#4ad392", "#4ad392")),
 }
 INK = ("#1f2328", "#e6edf3")            # text, light and dark
@@ -594,7 +595,254 @@ def timeline(fig, y, title, lanes, color):
     fig.text(end, bottom + 16, f"{longest} tiles of time", "end bold")
 
 
-# ------------------------------------------------------------------------------------ 5. training
+# ------------------------------------------------------------------- 5. three primitives, one row
+
+def primitives():
+    """One row of a small cache: what is written, what a budget removes, what a step reads."""
+    W, P, tau, sinks = 8, 4, 0.1, 4
+    budget = 20                         # pages of promoted tokens, over all rows
+    most_selected = 3                   # of a row's pages of promoted tokens, for a decode step
+    # The gates of four rows that share the budget. The first row is drawn.
+    gates = [[0.99, 0.06, 0.24, 0.03, 0.71, 0.02, 0.31, 0.88, 0.04, 0.17, 0.93,
+              0.05, 0.28, 0.01, 0.78, 0.43, 0.03, 0.64, 0.97, 0.07, 0.02, 0.21,
+              0.83, 0.46, 0.04, 0.90, 0.26, 0.05, 0.58, 0.02, 0.75, 0.95, 0.41,
+              0.04, 0.88, 0.19, 0.03, 0.69, 0.05, 0.27, 0.02, 0.86, 0.06, 0.04]]
+    rng = random.Random(57)
+    for share in (0.5, 0.2, 0.8):
+        gates.append([1 - (1 - tau) * rng.random() ** 2 if rng.random() < share
+                      else rng.uniform(0, tau) for _ in gates[0]])
+
+    # 1. Tokens leave the rings, until the promoted ones take more pages than the budget has.
+    held = [[] for _ in gates]
+    leaving = 0
+    while pages_of(held, P) <= budget:
+        for row, tokens in enumerate(held):
+            if gates[row][leaving] >= tau:
+                tokens.append(leaving)
+        leaving += 1
+    assert leaving + W == len(gates[0]), "the drawn row ends with its ring"
+
+    # 2. The lowest gate goes, until 90% of the budget is enough. The first tokens do not compete.
+    # Admission then goes on with tau': a gate must be larger than the last one that went.
+    scores = sorted(gates[row][t] for row, tokens in enumerate(held) for t in tokens if t >= sinks)
+    left = held
+    while pages_of(left, P) > 9 * budget // 10:
+        cut = scores.pop(0)
+        left = [[t for t in tokens if t < sinks or gates[row][t] > cut]
+                for row, tokens in enumerate(held)]
+    new = [t for t in range(leaving, leaving + W) if gates[0][t] > cut]
+    assert any(gates[0][t] <= cut for t in left[0]), "one token is held only as a sink"
+
+    # 3. A step reads the partial page, and of the full ones those with the largest bounds.
+    full, partial = divmod(len(left[0] + new), P)
+    bounds = page_bounds(full, P)
+    best_first = sorted(range(full), key=lambda page: bounds[page], reverse=True)
+    chosen = best_first[:most_selected - (partial > 0)]
+
+    before, after = pages_of(held, P), pages_of(left, P)
+    fig = Figure("primitives", 362, "Admission, eviction and selection in one row",
+                 f"Admission: {leaving} tokens have left the ring. {len(held[0])} had a gate of at "
+                 f"least tau = {tau} and were promoted to {pages_of(held[:1], P)} pages; the "
+                 f"others were refused and are gone. Eviction: the promoted tokens of all rows "
+                 f"take {before} pages, and the budget is {budget}. Those with the lowest gates "
+                 f"are evicted until {after} pages are left. So tau rises to {cut:.2f}, and later "
+                 f"tokens need that. This row loses {len(held[0]) - len(left[0])} tokens, none of "
+                 f"its first {sinks}; the others move together. Selection: a decode step reads "
+                 f"the ring, the partial page, and of {full} full pages the {len(chosen)} with the "
+                 f"largest bounds on q . k. The other pages stay.")
+    draw_admission(fig, 24, gates[0], held[0], leaving, tau, W, P)
+    draw_eviction(fig, 268, gates[0], held[0], left[0], new, tau, cut, sinks, W, P)
+    draw_selection(fig, 512, len(left[0] + new), bounds, chosen, W, P)
+    draw_budget(fig, 24, held, P, budget, f"all rows: {before} pages, the budget is {budget}")
+    draw_budget(fig, 268, left, P, budget, f"all rows' lowest gates go: {after} pages, 90%")
+    fig.write()
+
+
+def pages_of(rows, P):
+    """Pages of P tokens that all these rows need."""
+    return sum(ceil_div(len(tokens), P) for tokens in rows)
+
+
+def page_bounds(num_pages, P, D=8):
+    """Upper bounds of q . k in pages of P keys, as DualCache.select_pages computes them."""
+    rng = random.Random(1)
+    q = [rng.gauss(0, 1) for _ in range(D)]
+    bounds = []
+    for _ in range(num_pages):
+        center = [rng.gauss(0, 1) for _ in range(D)]            # keys of a page resemble each other
+        keys = [[x + rng.gauss(0, 0.4) for x in center] for _ in range(P)]
+        low = [min(channel) for channel in zip(*keys)]
+        high = [max(channel) for channel in zip(*keys)]
+        bounds.append(sum(max(q[d] * low[d], q[d] * high[d]) for d in range(D)))
+    return bounds
+
+
+def heading(fig, x, name, meaning, words):
+    """The head of a part of this drawing, and what its colors mean: (word, style, width)."""
+    fig.text(x, 22, name, "bold")
+    fig.text(x + 224, 22, meaning, "end soft")
+    fig.line([(x, 30), (x + 224, 30)], "plain")
+    for word, style, width in words:
+        fig.rect(x + 0.5, 40, 9, 9, style, 0)
+        fig.text(x + 15, 49, word, "small")
+        x += width
+
+
+def gate_height(g):
+    """The y of a gate in the plots."""
+    return 170 - 102 * g
+
+
+def gate_plot(fig, x, gates, styles):
+    """A bar for each gate that has a style. Returns where they begin, and the end."""
+    step = (224 - 30) / len(gates)
+    edges = [x + 30 + step * t for t in range(len(gates) + 1)]
+    for g, left, style in zip(gates, edges, styles):
+        if style:
+            fig.rect(left + 0.7, gate_height(g), step - 1.4, gate_height(0) - gate_height(g),
+                     style, 0)
+    fig.text(x + 25, gate_height(1) + 5, "g = 1", "end small soft")
+    fig.line([(edges[0], gate_height(0)), (edges[-1], gate_height(0))], "plain")
+    return edges
+
+
+def threshold(fig, x0, x1, tau, name):
+    """The line that a gate must reach."""
+    y = gate_height(tau)
+    fig.line([(x0, y), (x1, y)], "strong")
+    fig.text(x0 - 5, y, name, "end small bold")
+    fig.text(x0 - 5, y + 13, f"{tau:.2f}".rstrip("0"), "end small")
+
+
+def small_pages(fig, x, y, P, cells, color):
+    """Pages side by side, 27 px each, filled from the top down; cells: a style for each token."""
+    for place, style in enumerate(cells):
+        page, slot = divmod(place, P)
+        fig.rect(x + 27 * page + 2, y + 2 + 7 * slot, 20, 6, style, 0)
+    for page in range(ceil_div(len(cells), P)):
+        fig.rect(x + 27 * page, y, 24, 7 * P + 3, f"{color} line")
+
+
+def draw_admission(fig, x, gates, promoted, leaving, tau, W, P):
+    """Gates from tau on and below it, and those of the ring's tokens, which do not count yet."""
+    heading(fig, x, "1. admission", "what is written",
+            (("admitted", "solid admitted", 76), ("refused", "solid gone", 70),
+             ("in the ring", "solid window", 0)))
+    styles = ["solid admitted" if g >= tau else "solid gone" for g in gates[:leaving]]
+    edges = gate_plot(fig, x, gates, styles + ["solid window"] * W)
+    threshold(fig, edges[0], edges[leaving], tau, "tau")        # not for the ring's tokens yet
+    fig.bracket(edges[0], edges[leaving] - 2, 180, "plain", ends=-5)
+    fig.bracket(edges[leaving] + 1, edges[-1], 180, "window", ends=-5)
+    fig.text((edges[0] + edges[leaving]) / 2, 196, f"{leaving} have left the ring", "middle small")
+    fig.text((edges[leaving] + edges[-1]) / 2, 196, "ring", "middle small window")
+
+    # Below: where the tokens of the plot are now.
+    fig.arrow([(x + 12, 202), (x + 12, 238)], "admitted")
+    fig.text(x + 23, 224, f"{len(promoted)} promoted", "small bold admitted")
+    fig.text(x + 224, 224, f"{leaving - len(promoted)} refused: gone", "end small soft")
+    small_pages(fig, x, 245, P, ["admitted area"] * len(promoted), "admitted")
+    small_pages(fig, x + 224 - 27 * ceil_div(W, P) + 3, 245, P, ["window area"] * W, "window")
+    fig.text(x, 292, f"one row: pages of {P} tokens", "small soft")
+    fig.text(x + 224, 292, "its ring", "end small soft")
+
+
+def draw_eviction(fig, x, gates, before, left, new, tau, cut, sinks, W, P):
+    """The held tokens that tau' lets go, and how those that are left move together."""
+    heading(fig, x, "2. eviction", "what is removed",
+            (("held", "solid admitted", 54), ("evicted", "gone", 66), ("refused", "solid gone", 0)))
+    leaving = len(gates) - W
+    styles = [""] * leaving + ["solid gone"] * W        # what was refused before is gone
+    for t in before:
+        styles[t] = "gone"
+    for t in left + new:
+        styles[t] = "solid admitted"
+    # Between tau and tau' lies what goes, unless it is a sink. Later tokens there are refused.
+    y = gate_height(cut)
+    fig.rect(x + 30, y, 194, gate_height(tau) - y, "gone area", 0)
+    edges = gate_plot(fig, x, gates, styles)
+    fig.line([(edges[0], gate_height(tau)), (edges[-1], gate_height(tau))], "plain dashed")
+    fig.text(x + 25, gate_height(tau) + 5, "tau", "end small soft")
+    threshold(fig, edges[0], edges[-1], cut, "tau′")
+    fig.bracket(edges[0], edges[sinks] - 1, 180, "plain", ends=-5)
+    fig.bracket(edges[leaving] + 1, edges[-1], 180, "plain", ends=-5)
+    fig.text(x + 10, 196, f"first {sinks} stay (sinks)", "small")
+    fig.text(edges[-1], 196, "later: need tau′", "end small")
+
+    # The row's pages before and after. Dashed: the later tokens that reached tau'.
+    cells = ["admitted area" if t in left else "gone" for t in before]
+    small_pages(fig, x + 62, 203, P, cells, "admitted")
+    cells = ["admitted area"] * len(left) + ["admitted dashed"] * len(new)
+    small_pages(fig, x + 62, 245, P, cells, "admitted")
+    fig.text(x, 223, f"{len(before)} held", "small")
+    fig.text(x, 265, f"{len(left)} held", "small")
+    fig.text(x, 292, "what is left moves together", "small soft")
+    fig.text(edges[-1], 292, f"+ {len(new)} later", "end small admitted")
+
+
+def draw_selection(fig, x, held, bounds, chosen, W, P):
+    """The bounds of the full pages, and the pages that the query reads."""
+    heading(fig, x, "3. selection", "what is read",
+            (("chosen", "query", 68), ("not read, stays held", "gone", 0)))
+    ring = x + 2
+    row = ring + 27 * ceil_div(W, P) + 10               # where the full pages begin
+    last = row + 27 * len(bounds) + 14                  # and the partial one
+    fig.text(x, 74, "bound: largest possible q · k,", "small soft")
+    fig.text(x, 89, "from a page's min and max keys", "small soft")
+    for page, bound in enumerate(bounds):
+        y = gate_height(0.55 * bound / max(bounds))
+        style = "query" if page in chosen else "gone"
+        fig.rect(row + 27 * page + 4, y, 16, gate_height(0) - y, style, 0)
+        fig.text(row + 27 * page + 12, y - 5, f"{bound:.1f}", "middle small")
+    fig.line([(ring, gate_height(0)), (x + 224, gate_height(0))], "plain")
+    fig.text(ring + 25.5, gate_height(0) - 6, "always", "middle small")
+    fig.text(last + 12, gate_height(0) - 6, "always", "middle small")
+
+    fig.text(ring + 25.5, 196, "ring", "middle small window")
+    fig.text(row + 27 * len(bounds) / 2 - 1.5, 196, "full pages", "middle small admitted")
+    fig.text(last + 12, 196, "partial", "middle small admitted")
+    small_pages(fig, ring, 203, P, ["window area"] * W, "window")
+    read = [ring + 27 * page + 12 for page in range(ceil_div(W, P))]
+    for page in range(len(bounds)):
+        left = row + 27 * page
+        if page in chosen:
+            small_pages(fig, left, 203, P, ["admitted area"] * P, "admitted")
+            fig.rect(left - 2, 201, 28, 7 * P + 7, "query line thick")
+            read.append(left + 12)
+        else:
+            small_pages(fig, left, 203, P, ["gone area"] * P, "gone")
+    small_pages(fig, last, 203, P, ["admitted area"] * (held % P), "admitted")
+    read.append(last + 12)
+
+    # From the query up to each page that it reads.
+    middle = (read[0] + read[-1]) / 2
+    fig.line([(middle, 276), (middle, 260), (read[0], 260)], "query line")
+    fig.line([(middle, 260), (read[-1], 260)], "query line")
+    for center in read:
+        fig.arrow([(center, 260), (center, 240)], "query")
+    fig.box(middle - 32, 276, 64, 28, "query", "query", "bold")
+    pages = ceil_div(W, P) + ceil_div(held, P)
+    fig.text(middle, 322, f"reads {len(read)} of {pages} pages", "middle small")
+    fig.text(middle, 338, "the next query may choose others", "middle small soft")
+
+
+def draw_budget(fig, x, rows, P, budget, label):
+    """The pages of all rows side by side, the drawn row first, and where the budget ends."""
+    fig.text(x, 318, label, "small")
+    place = 0
+    for row, tokens in enumerate(rows):
+        for _ in range(ceil_div(len(tokens), P)):
+            over = 6 if place >= budget else 0          # a gap for the mark
+            style = "solid admitted" if row == 0 else "admitted"
+            fig.rect(x + 9 * place + 5 * row + over, 327, 7, 10, style, 1)
+            place += 1
+    mark = x + 9 * budget + 5 * (len(rows) - 1) + 2
+    fig.line([(mark, 323), (mark, 341)], "strong edge")
+    fig.text(mark, 354, "budget", "middle small")
+    fig.bracket(x, x + 9 * ceil_div(len(rows[0]), P) - 2, 342, "admitted", ends=-4)
+    fig.text(x, 356, "this row", "small admitted")
+
+
+# ------------------------------------------------------------------------------------ 6. training
 
 def training():
     """The curve of the sparsity loss; and FAR, NEAR and EDGE tiles."""
@@ -708,4 +956,5 @@ if __name__ == "__main__":
     pages()
     prefill()
     decode()
+    primitives()
     training()
