@@ -284,6 +284,7 @@ def read_prompts(model, kv, prompts, chunk):
     total = sum(len(prompt) for prompt in prompts)
     last = []
     start = clock(model.device)
+    kv.expect([len(prompt) for prompt in prompts])
     with strongest_attention(model.device), progress(total, "prefill", "tokens") as bar:
         for b, prompt in enumerate(prompts):
             last.append(prefill(model, kv.sequences(b), [prompt], chunk, bar.update))

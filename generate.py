@@ -322,7 +322,7 @@ def prefill(model, kv, prompts, chunk=4096, advance=lambda tokens: None):
 
     # The cache can grow once, now, rather than copy itself again and again.
     if hasattr(kv, "expect"):
-        kv.expect(int((kv.num_tokens.cpu() + lengths).max()))
+        kv.expect((kv.num_tokens.cpu() + lengths).tolist())
 
     last = None
     for start in range(0, longest, chunk):

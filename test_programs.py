@@ -1411,7 +1411,7 @@ def test_prefill_says_how_long_a_sequence_will_get(tiny, monkeypatch):
     monkeypatch.setattr(kv, "expect", expected.append, raising=False)
     generate.prefill(model, kv, [[5] * 7, [5] * 3], chunk=2)
     generate.prefill(model, kv, [[5] * 2, [5] * 5], chunk=2)
-    assert expected == [7, 9]
+    assert expected == [[7, 3], [9, 8]]
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -2710,8 +2710,9 @@ def test_bench_without_a_dense_side(tmp_path):
 @pytest.mark.parametrize("argv, words", (
     (["kernels"], "kernels needs a CUDA device"),
     (["train"], "train needs a CUDA device"),
+    (["primitives"], "primitives needs a CUDA device"),
     (["all"], "needs a CUDA device"),
-    (["memory"], "memory: there are kernels, prefill, decode, train and all"),
+    (["memory"], "memory: there are kernels, primitives, prefill, decode, train and all"),
     (["--admit", "1.5"], "should be a number from 0 to 1, it is '1.5'"),
     (["--admit", "0.2,"], "should be a number from 0 to 1, it is ''"),
     (["--tokens", "1"], "should be a whole number of at least 2, it is '1'"),

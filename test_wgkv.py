@@ -923,7 +923,7 @@ def test_reserved_stays_near_kept(every, told, gpu, monkeypatch):
 
     monkeypatch.setattr(PagePool, "grow", counted)
     if told:
-        cache.expect(S)
+        cache.expect([S])
     for _ in range(S // chunk):
         feed(cache, qkv, [[chunk]])
         kept = cache.kept_bytes()

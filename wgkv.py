@@ -368,7 +368,7 @@ class Cache:
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.expected = 0           # tokens a sequence will hold, where someone has said so
+        self.expected = [0] * batch         # tokens a sequence will hold, where someone has said so
         # (first, count, tokens): these sequences have pages for so many more tokens each.
         self.room = (0, batch, 0)
         self.in_call = None         # the sequences (first, count) of a call that has not ended
@@ -436,8 +436,8 @@ class Cache:
         self.base.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
-        """A hint before a long prompt: each sequence will hold about so many tokens after it."""
-        self.base.expected = tokens
+        """A hint before long prompts: how many tokens each sequence will hold after it, a list."""
+        self.base.expected[self.first:self.first + self.B] = tokens
 
     @contextlib.contextmanager
     def reserve(self, steps):
@@ -477,6 +477,13 @@ class Cache:
             self.base.in_call = None        # what a broken call left behind goes too
         self.forget()
 
+    def copy_of_base(self):
+        """What `clone` begins with: tensors are still shared, lists are not."""
+        assert self.view_of is None, "a view cannot be cloned"
+        other = copy.copy(self)
+        other.expected = list(self.expected)
+        return other
+
     def dense_bytes(self):
         """What a dense cache holds for the same tokens: K and V, every layer and head."""
         return 2 * self.L * self.Hkv * self.D * self.dtype.itemsize * int(self.num_tokens.sum())
@@ -504,8 +511,7 @@ class DenseCache(Cache):
         pass                        # lengths say what is seen; nothing else is read
 
     def clone(self):
-        assert self.view_of is None, "a view cannot be cloned"
-        other = copy.copy(self)
+        other = self.copy_of_base()
         other.all_num_tokens = self.all_num_tokens.clone()
         other.k = [k.clone() for k in self.k]
         other.v = [v.clone() for v in self.v]
@@ -518,7 +524,7 @@ class DenseCache(Cache):
         capacity = base.k[0].shape[2]
         if needed <= capacity:
             return
-        capacity = pages_for(max(needed, base.expected, capacity + capacity // 4)) * P
+        capacity = pages_for(max(needed, *base.expected, capacity + capacity // 4)) * P
         base.moves += 1
         for layers in (base.k, base.v):
             for layer in range(self.L):         # one at a time: nothing else is held twice
@@ -673,8 +679,7 @@ class DualCache(Cache):
 
     def clone(self):
         """An independent copy: what is added to one is not seen by the other."""
-        assert self.view_of is None, "a view cannot be cloned"
-        other = copy.copy(self)
+        other = self.copy_of_base()
         other.pool = self.pool.clone()
         names = ["all_num_tokens", "all_page_table", "all_counts", "tau_on_device"]
         if self.queries is not None:
@@ -701,10 +706,10 @@ class DualCache(Cache):
         if base.most_pages is not None:
             wanted = base.within_budget(wanted, self.B * self.Hkv * extra, evict=tokens <= P)
         asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
-                 base.all_num_tokens.max())
-        num_free, most, promoted, so_far = torch.stack([n.long() for n in asked]).tolist()
+                 (base.all_num_tokens - self.window).clamp(min=0).sum())
+        num_free, most, promoted, left = torch.stack([n.long() for n in asked]).tolist()
         if num_free < wanted:
-            larger = self.pool_size(wanted, promoted, so_far)
+            larger = self.pool_size(wanted, promoted, left)
             if base.most_pages is not None:         # a budget's pages, and one layer's beyond them
                 rings = base.L * base.B * self.Hkv * self.R
                 larger = min(larger, 1 + rings + base.most_pages + self.B * self.Hkv * extra)
@@ -716,22 +721,23 @@ class DualCache(Cache):
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
             base.moves += 1
 
-    def pool_size(self, wanted, promoted, so_far):
+    def pool_size(self, wanted, promoted, left):
         """The least size, in pages, of a pool that has to grow.
 
-        A growing pool is copied. So where the length of the prompt is known, the pool grows
-        early, while it is small: to 1.04 times what the whole prompt will need at the rate so
-        far, plus one call's room. If 500 pages were promoted from 8K of 200K tokens, that is 500
-        * 25 * 1.04 pages and one call's. Where the length is not known, it grows by a tenth.
+        A growing pool is copied. So where the lengths of prompts are known, the pool grows early,
+        while it is small: to 1.04 times what all of them will need at the rate so far, plus one
+        call's room. If 500 pages were promoted from 8K of 200K tokens, that is 500 * 25 * 1.04
+        pages and one call's. Where lengths are not known, it grows by a tenth.
+
+        left: how many tokens have left the windows, over all sequences. Only those count.
         """
         pages = len(self.pool.k)
-        expected = self.base.expected
-        if expected <= so_far or so_far <= self.window:
+        in_the_end = sum(max(0, tokens - self.window) for tokens in self.base.expected)
+        if in_the_end <= left or left == 0:
             return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
-        # Only tokens that have left the window count; each row's last page is a partial one.
-        tokens = promoted * (expected - self.window) // (so_far - self.window)
-        at_the_end = pages_for(tokens) + rows
+        tokens = promoted * in_the_end // left
+        at_the_end = pages_for(tokens) + rows           # each row's last page is a partial one
         return rows * self.R + at_the_end + at_the_end // 25 + wanted
 
     def ring_slots(self, table, positions):
