@@ -3,6 +3,7 @@
     python generate.py                              the bundled model answers tiny/example.txt
     python generate.py --prompt a.txt               another text; "-" reads standard input
     python generate.py --prompt a.txt b.txt         two texts, decoded as one batch
+    python generate.py --prompt *.txt --batch 8 --jsonl out.jsonl       many, eight at a time
     python generate.py --prompt a.txt --dense       keep everything, for comparison
     python generate.py --prompt a.txt --admit none  keep only the sliding window
     python generate.py --prompt a.txt --model ~/Llama-3.2-1B-Instruct --gates g.safetensors --chat
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer
 
 from model import Llama, find_folder
-from wgkv import DenseCache, DualCache, Gates, RandomAdmission
+from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission
 
 
 # ----------------------------------------------------------------------------------------- text in
@@ -308,6 +309,13 @@ def prefill(model, kv, prompts, chunk=4096, advance=lambda tokens: None):
     through the model in chunks, so that activations stay small. Shorter prompts are padded.
     advance: called after each chunk with the number of tokens read.
     """
+    for count, hidden in prefill_chunks(model, kv, prompts, chunk):
+        advance(count)
+    return hidden
+
+
+def prefill_chunks(model, kv, prompts, chunk):
+    """`prefill` in steps: yields (tokens read, last hidden states so far) after each chunk."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")       # (B,)
     longest = int(lengths.max())
     if int(lengths.min()) < 1:
@@ -336,8 +344,7 @@ def prefill(model, kv, prompts, chunk=4096, advance=lambda tokens: None):
             last = ends_here                                            # (B, hidden_size)
         else:
             last = torch.where((valid > 0)[:, None], ends_here, last)
-        advance(int(counts.sum()))
-    return last
+        yield int(counts.sum()), last
 
 
 # ------------------------------------------------------------------------------------------ decode
@@ -357,7 +364,8 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     On a GPU the host runs LAG steps ahead of the ids it reads, so that the GPU never waits for it.
     (So if you stop reading early, up to LAG more tokens than you have seen are in the cache.)
     """
-    loop = DecodeStep(model, kv, hidden, end, choose, use_graph=steps > FEW_STEPS)
+    loop = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
+    loop.start(0, hidden)
     ahead = LAG if kv.capturable else 0
     pending = [HostCopy(loop.token)]        # ids on their way to the host, oldest first
     ended = [False] * len(hidden)
@@ -388,18 +396,25 @@ class DecodeStep:
     on the GPU, too: `alive` becomes False with an end token, and then nothing more is written.
     """
 
-    def __init__(self, model, kv, hidden, end, choose, use_graph):
+    def __init__(self, model, kv, end, choose, use_graph):
         self.model = model
         self.kv = kv
         self.choose = choose or greedy
         self.ends = torch.tensor(sorted(end), dtype=torch.long, device=model.device)
-        self.logits = model.logits(hidden)                      # (B, vocab)
-        self.token = self.choose(self.logits)                   # (B,)
-        self.alive = self.no_end()                              # (B,) bool
+        self.logits = model.embed.weight.new_zeros(kv.B, model.config.vocab_size)
+        self.token = torch.zeros(kv.B, dtype=torch.long, device=model.device)
+        self.alive = torch.zeros(kv.B, dtype=torch.bool, device=model.device)
         self.use_graph = use_graph and kv.capturable
         self.choice_in_graph = choose is None                   # a sampler's state is on the host
         self.graph = None
         self.moves = None           # of the cache, at the last step
+
+    def start(self, first, hidden):
+        """Choose the first ids of the sequences from `first` on, by their hidden states (n, C)."""
+        these = slice(first, first + len(hidden))
+        self.logits[these] = self.model.logits(hidden)
+        self.token[these] = self.choose(self.logits[these])
+        self.alive[these] = self.no_end()[these]
 
     def no_end(self):
         """Which of the current ids are no end tokens: (B,) bool."""
@@ -437,6 +452,98 @@ class DecodeStep:
         """Choose the next ids."""
         self.token.copy_(self.choose(self.logits))
         self.alive.logical_and_(self.no_end())
+
+
+RUN = 16                # decode steps between two chunks of a prompt that is being read
+
+
+class Server:
+    """Answers to more prompts than a cache has sequences (continuous batching).
+
+        for index, ids, kept, dense in Server(model, kv, steps).answers(prompts): ...
+
+    A sequence whose answer is done is emptied and takes the next prompt, which is read through a
+    view of that sequence alone: a chunk at a time, between runs of decode steps of the others.
+    Greedy answers are those that each prompt gets alone. (A sampler draws for all at once, so
+    there an answer depends on its neighbors.)
+
+        sequence 0    read A  A  A | decode A .................. done | read C  C | decode C ...
+        sequence 1                 | read B | decode B ........................................
+    """
+
+    def __init__(self, model, kv, steps, end=(), choose=None, chunk=4096, advance=lambda n: None):
+        self.model = model
+        self.kv = kv
+        self.steps = steps          # ids of an answer at most
+        self.end = end
+        self.chunk = chunk
+        self.advance = advance      # called with the number of tokens read
+        self.loop = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
+        self.prefill_s = self.decode_s = 0.0
+
+    @torch.no_grad()
+    def answers(self, prompts):
+        """Yields (index of the prompt, ids of its answer) as soon as an answer is done.
+
+        And the bytes that its sequence kept in the end, and what a dense cache would have held.
+        """
+        waiting = list(enumerate(prompts))
+        free = list(range(self.kv.B))
+        reading = None              # (sequence, index, chunks, tokens that are left)
+        said = {}                   # sequence -> (index, ids so far)
+        self.kv.expect([len(prompt) for prompt in prompts[:self.kv.B]]
+                       + [0] * (self.kv.B - len(prompts)))
+        while waiting or reading or said:
+            if reading is None and waiting and free:
+                b = free.pop(0)
+                index, prompt = waiting.pop(0)
+                chunks = prefill_chunks(self.model, self.kv.sequences(b), [prompt], self.chunk)
+                reading = (b, index, chunks, len(prompt))
+            if reading is not None:
+                b, index, chunks, left = reading
+                left -= self.read(chunks, b, last=left)
+                reading = (b, index, chunks, left)
+                if left == 0:
+                    reading = None
+                    said[b] = (index, [int(self.loop.token[b])])
+            if said:
+                self.run(said, RUN if reading or waiting and free else self.kv.most_steps)
+            for b, (index, ids) in list(said.items()):
+                if ids[-1] in self.end or len(ids) == self.steps:
+                    del said[b]
+                    self.loop.alive[b] = False
+                    sequence = self.kv.sequences(b)
+                    kept, dense = sequence.kept_bytes(), sequence.dense_bytes()
+                    sequence.reset()
+                    free.append(b)
+                    yield index, ids, kept, dense
+
+    def read(self, chunks, b, last):
+        """Read a chunk into sequence b, and choose its first id if it was the last: its length."""
+        start = clock(self.model.device)
+        count, hidden = next(chunks)
+        if count == last:
+            self.loop.start(b, hidden)
+        self.prefill_s += clock(self.model.device) - start
+        self.advance(count)
+        return count
+
+    def run(self, said, most):
+        """Some decode steps: as many as all answers can still take, and `most` at most."""
+        start = clock(self.model.device)
+        steps = min(most, P, *(self.steps - len(ids) for _, ids in said.values()))
+        taken = torch.empty(steps, self.kv.B, dtype=torch.long, device=self.model.device)
+        with contextlib.ExitStack() as room:
+            if self.kv.capturable and steps > 0:
+                room.enter_context(self.kv.reserve(steps))
+            for n in range(steps):
+                self.loop.run()
+                taken[n] = self.loop.token
+        for ids_of_step in taken.tolist():          # here the host waits, once a run
+            for b, (_, ids) in said.items():
+                if ids[-1] not in self.end:
+                    ids.append(ids_of_step[b])
+        self.decode_s += clock(self.model.device) - start
 
 
 class HostCopy:
@@ -557,6 +664,10 @@ class Session:
     def __init__(self, args):
         self.args = args
         self.names = args.prompt or [str(HERE / "tiny" / "example.txt")]
+        self.done = {}              # name -> the object of an answer that --jsonl has already
+        if args.jsonl:
+            self.done = read_answers(args.jsonl, args.model)
+            self.names = [name for name in self.names if name not in self.done]
         texts = [read_prompt(name) for name in self.names]      # first: a wrong path fails fast
         self.text = Text(args.model)
         self.replies = 0
@@ -565,12 +676,13 @@ class Session:
 
         self.model = load_model(args)
         self.gates = None
+        batch = max(1, min(len(texts), args.batch or len(texts)))
         if args.dense:
-            self.kv = DenseCache(self.model, len(texts))
+            self.kv = DenseCache(self.model, batch)
         else:
             admission, self.gates = make_admission(args, self.model)
-            self.kv = DualCache(self.model, admission, len(texts), tau=args.tau,
-                                budget=self.budget(), evict_by=args.evict, select=args.select)
+            self.kv = DualCache(self.model, admission, batch, tau=args.tau,
+                                budget=self.budget(batch), evict_by=args.evict, select=args.select)
         self.choose = None
         if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
@@ -579,12 +691,17 @@ class Session:
         self.first_use_s = warm_up(self.model, self.kv)
         self.prompt_tokens = self.new_tokens = 0
         self.prefill_s = self.decode_s = 0.0
+        self.kept = self.dense = 0              # bytes of the sequences that several prompts had
 
-    def budget(self):
-        """--budget in bytes. A share is one of what a dense cache would hold at the end."""
+    def budget(self, batch):
+        """--budget in bytes. A share is one of what a dense cache would hold at the end.
+
+        If more prompts wait than the batch holds: of the longest that it can hold together.
+        """
         budget = self.args.budget
         if isinstance(budget, float):
-            tokens = sum(len(prompt) + self.args.max_new_tokens for prompt in self.prompts)
+            longest = sorted(map(len, self.prompts), reverse=True)[:batch]
+            tokens = sum(longest) + batch * self.args.max_new_tokens
             c = self.model.config
             numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens       # of K and V
             budget = int(budget * numbers * self.model.dtype.itemsize)
@@ -600,17 +717,59 @@ class Session:
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
+        if len(self.prompts) != 1 or self.args.jsonl:
+            self.answer_all()
+            return
         if self.args.show_kept is not None:
             self.kv.admission = AdmissionLog(self.kv.admission, self.kv.tau)
         hidden = self.prefill(self.prompts)
         if self.args.show_kept is not None:
             self.show_kept(self.kv.admission.admitted())
             self.kv.admission = self.kv.admission.policy
-        self.decode(hidden, self.prompts)
+        self.decode(hidden)
         if self.args.interactive:
             for line in typed_lines():
-                turn = [self.encode(line)]
-                self.decode(self.prefill(turn), turn)
+                self.decode(self.prefill([self.encode(line)]))
+
+    def answer_all(self):
+        """Answer several prompts; stdout has the answers in the order of the prompts."""
+        self.warn_if_too_long(self.prompts)
+        names = self.args.prompt or self.names
+        shown = 0                                               # names whose answers were printed
+        total = sum(map(len, self.prompts))
+        with progress(total, "reading", "tokens") as bar:
+            server = Server(self.model, self.kv, self.args.max_new_tokens, self.text.end,
+                            self.choose, self.args.chunk, bar.update)
+            try:
+                for index, ids, kept, dense in server.answers(self.prompts):
+                    self.finish(index, ids, kept, dense)
+                    while shown < len(names) and names[shown] in self.done:
+                        self.show(names[shown])
+                        shown += 1
+            finally:                                            # also after Ctrl-C
+                self.prefill_s, self.decode_s = server.prefill_s, server.decode_s
+        for name in names[shown:]:                              # all that --jsonl had already
+            self.show(name)
+
+    def finish(self, index, ids, kept, dense):
+        """Note an answer that is done: its text, its figures, its line for --jsonl."""
+        stream = TextStream(self.text, continues=True)
+        answer = "".join(map(stream.push, ids)) + stream.flush()
+        prompt_tokens = len(self.prompts[index])
+        self.prompt_tokens += prompt_tokens
+        self.new_tokens += len(ids)
+        self.kept += kept
+        self.dense += dense
+        name = self.names[index]
+        self.done[name] = dict(prompt=name, answer=answer, prompt_tokens=prompt_tokens,
+                               new_tokens=len(ids), kept_bytes=kept, dense_bytes=dense,
+                               model=self.args.model)
+        if self.args.jsonl:
+            with open(self.args.jsonl, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.done[name]) + "\n")
+
+    def show(self, name):
+        print(f"==> {printable(name)} <==\n{self.done[name]['answer']}", flush=True)
 
     def prefill(self, prompts):
         """Read prompts into the cache; returns the hidden states that decode starts from."""
@@ -625,7 +784,7 @@ class Session:
 
     def warn_if_too_long(self, prompts):
         """Say once if this turn can pass the positions that the model was trained for."""
-        longest = max(len(prompt) for prompt in prompts)
+        longest = max(map(len, prompts), default=0)
         total = int(self.kv.num_tokens.max()) + longest + self.args.max_new_tokens
         positions = self.model.config.max_positions
         if total > positions and not self.warned:
@@ -633,36 +792,25 @@ class Session:
                 f"trained for {positions:,} positions: expect worse answers")
             self.warned = True
 
-    def decode(self, hidden, prompts):
-        """Decode the answers: a single one is shown token by token, several at the end."""
-        single = len(prompts) == 1
-        streams = [TextStream(self.text, continues=True) for _ in prompts]
-        answers = ["" for _ in prompts]
+    def decode(self, hidden):
+        """Decode an answer, shown token by token."""
+        stream = TextStream(self.text, continues=True)
         start = clock(self.model.device)
         try:
-            for ids in decode(self.model, self.kv, hidden, self.args.max_new_tokens,
-                              self.text.end, self.choose):
-                self.last = ids[0]
-                for b, token in enumerate(ids):
-                    if token is None:
-                        continue
-                    self.new_tokens += 1
-                    piece = streams[b].push(token)
-                    answers[b] += piece
-                    if single:
-                        print(piece, end="", flush=True)
+            for [token] in decode(self.model, self.kv, hidden, self.args.max_new_tokens,
+                                  self.text.end, self.choose):
+                self.last = token
+                self.new_tokens += 1
+                print(stream.push(token), end="", flush=True)
         finally:                                                # also after Ctrl-C
             self.decode_s += clock(self.model.device) - start
             self.replies += 1
-            for name, answer, stream in zip(self.names, answers, streams):
-                if not single:
-                    print(f"==> {printable(name)} <==\n{answer}", end="")
-                print(stream.flush(), flush=True)
+            print(stream.flush(), flush=True)
 
     def figures(self):
         """What --json prints."""
-        kept = self.kv.kept_bytes()
-        dense = self.kv.dense_bytes()
+        kept = self.kept or self.kv.kept_bytes()
+        dense = self.dense or self.kv.dense_bytes()
         evictions = {}
         if self.args.budget is not None:
             evictions = dict(evicted_tokens=self.kv.num_evicted, evictions=self.kv.num_evictions,
@@ -732,6 +880,31 @@ class AdmissionLog:
         return torch.stack([torch.cat(self.layers[n], dim=1) for n in sorted(self.layers)])
 
 
+def read_answers(path, model):
+    """{prompt: object} of the answers that a --jsonl file has; nothing if there is no file.
+
+    A last line that a killed run left half-written is cut off the file.
+    """
+    if not os.path.exists(path):
+        return {}
+    lines = read_text(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        write_text(path, "".join(lines[:-1]))
+        lines.pop()
+    done = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            done[row["prompt"]] = dict(row, answer=str(row["answer"]))
+            other = row["model"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--jsonl {path}, line {number}: no answer of generate.py") from None
+        if other != model:
+            raise UserError(f"--jsonl {path} has answers of another model, {quoted(other)}: give "
+                            "another file")
+    return done
+
+
 def token_texts(text, ids):
     """The text of each token. What several tokens spell goes to the one that completes it."""
     stream = TextStream(text)
@@ -782,6 +955,8 @@ def parse(argv):
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", nargs="+", metavar="FILE",
                        help="texts to read, - is standard input (default: tiny/example.txt)")
+    group.add_argument("--batch", type=whole(1), metavar="N",
+                       help="answer so many prompts at a time, the others wait (default: all)")
     group.add_argument("--chat", action="store_true",
                        help="put the prompt into the model's chat template")
     group.add_argument("--interactive", action="store_true",
@@ -818,6 +993,9 @@ def parse(argv):
     group = parser.add_argument_group("output")
     group.add_argument("--show-kept", metavar="FILE.html",
                        help="write a page that shows which tokens were kept, and which evicted")
+    group.add_argument("--jsonl", metavar="FILE",
+                       help="add each answer to this file as soon as it is done; prompts that it "
+                       "has already are not answered again")
     group.add_argument("--json", action="store_true",
                        help="end with the figures as one line of JSON on stderr")
     args = parser.parse_args(argv)
@@ -853,8 +1031,10 @@ def refuse_clashes(args):
     several = args.prompt is not None and len(args.prompt) > 1
     own_admission = args.gates is not None or args.admit != "gates" or args.tau is not None
     other_primitives = args.budget is not None or args.select is not None
-    if several and (args.interactive or args.show_kept is not None):
-        raise UserError("--interactive and --show-kept go with one prompt, not with several")
+    single = args.interactive or args.show_kept is not None
+    if single and (several or args.jsonl is not None):
+        raise UserError("--interactive and --show-kept go with one prompt, not with several and "
+                        "not with --jsonl")
     if args.dense and (own_admission or other_primitives or args.show_kept is not None):
         raise UserError("--dense keeps everything: --gates, --admit, --tau, --budget, --select and "
                         "--show-kept do not go with it")
@@ -865,8 +1045,9 @@ def refuse_clashes(args):
         raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
     if args.top_p < 1 and args.temperature < COLDEST:
         raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
-    if args.show_kept is not None:
-        check_writable(args.show_kept)
+    for path in (args.show_kept, args.jsonl):
+        if path is not None:
+            check_writable(path)
 
 
 def load_model(args):

@@ -1524,6 +1524,39 @@ def test_chunks_batches_and_standard_input_change_nothing(capsys, monkeypatch, t
     assert together == "".join(f"==> {file} <==\n{text}" for file, text in zip(files, said))
 
 
+def test_answers_go_to_jsonl_and_are_not_asked_again(capsys, monkeypatch, tmp_path):
+    """Faults: answers out of order, one asked twice, a half-written line that stops the next run."""
+    files = [str(tmp_path / f"{n}.txt") for n in range(5)]
+    for n, file in enumerate(files):
+        Path(file).write_text(STORY[100 * n:100 * n + 300 * (5 - n)])
+    options = ["--max-new-tokens", "6", "--batch", "2", "--chunk", "64"]
+    together = answer(capsys, "--prompt", *files, "--max-new-tokens", "6")
+    assert answer(capsys, "--prompt", *files, *options) == together
+
+    out = tmp_path / "out.jsonl"
+    options += ["--jsonl", str(out)]
+    answer(capsys, "--prompt", files[3], files[1], *options)
+    lines = out.read_text().splitlines()
+    assert {json.loads(line)["prompt"] for line in lines} == {files[1], files[3]}
+    out.write_text(f"{lines[0]}\n{lines[1][:40]}")              # killed while it wrote
+
+    asked = []
+    answers = generate.Server.answers
+    monkeypatch.setattr(generate.Server, "answers",
+                        lambda self, prompts: asked.append(len(prompts)) or answers(self, prompts))
+    assert answer(capsys, "--prompt", *files, *options) == together
+    assert asked == [4] and len(out.read_text().splitlines()) == 5
+    assert answer(capsys, "--prompt", *files, *options) == together     # nothing is left to ask
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(row["new_tokens"] for row in rows) == 30
+
+    for text in ("{}\n", "not JSON\n", json.dumps(dict(rows[0], model="other")) + "\n"):
+        out.write_text(text)
+        assert run_program(generate.main, ["--prompt", files[0], *options]) == 2
+        err = capsys.readouterr().err
+        assert str(out) in err and err.count("\n") == 1
+
+
 def test_interactive_turns_share_one_cache(capsys, monkeypatch, tiny, prompt):
     """A second turn must find what the first left: equal to one conversation read at once."""
     model, text = tiny
@@ -1706,6 +1739,9 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--show-kept x.html --dense": "--show-kept",
     "--show-kept x.html --prompt A B": "--show-kept",
     "--interactive --prompt A B": "--interactive",
+    "--interactive --jsonl x.jsonl": "--jsonl",
+    "--jsonl no/such/x": "no/such",
+    "--batch 0": "--batch",
     "--dense --tau 0": "--dense",
     "--dense --admit none": "--dense",
     "--dense --budget 10%": "--dense",

@@ -54,6 +54,7 @@ Triton's interpreter, and the tests of half precision are skipped.
 
     Programs
     running ahead in a CUDA graph changes nothing           running_ahead
+    prompts that wait get the answers they get alone        many_prompts, soak
     the demo and SimpleCache are the method                 demo, simple_cache
     imports run one way                                     imports
 """
@@ -1544,6 +1545,54 @@ def test_running_ahead_changes_nothing(kind, gpu):
     generate.prefill(model, again, [ids[:-1] for ids in said], chunk=1)
     for more in ([[5, 6, 7]] * 3, [[8]] * 3):
         equal(generate.prefill(model, kv, more), generate.prefill(model, again, more))
+
+
+@pytest.mark.parametrize("kind", ("dual", "dense", "budget"))
+def test_many_prompts_through_few_sequences(kind, gpu):
+    """Every answer is the prompt's own, whoever its neighbors are; and no page is lost.
+
+    With a budget there is room for all here: what is evicted depends on the neighbors.
+    """
+    model = small_llama(5, num_layers=2, vocab_size=400, tied=False)
+    rng = random.Random(5)
+    prompts = [[rng.randrange(400) for _ in range(rng.choice((1, 3, 40, 150)))] for _ in range(9)]
+
+    def make(batch):
+        if kind == "dense":
+            return DenseCache(model, batch)
+        budget = 2**24 if kind == "budget" else None
+        return DualCache(model, RandomAdmission(0.5), batch, window=17, budget=budget)
+
+    for batch, steps, end in ((2, 1, ()), (3, 30, ()), (4, 40, range(0, 400, 30)), (12, 9, ())):
+        want = {}
+        for index, prompt in enumerate(prompts):
+            kv = make(1)
+            hidden = generate.prefill(model, kv, [prompt])
+            want[index] = [token for [token] in generate.decode(model, kv, hidden, steps, end)]
+        kv = make(batch)
+        server = generate.Server(model, kv, steps, end, chunk=40)
+        got = {index: ids for index, ids, *_ in server.answers(prompts)}
+        assert got == want, f"batch {batch}"
+        if kind != "dense":
+            assert kv.num_promoted() == 0
+            check_pages(kv)
+
+
+def test_a_soak_loses_no_page(gpu):
+    """Hundreds of sequences come and go, in any order: all pages return, and memory stays."""
+    model = small_llama(6, num_layers=1, hidden_size=16, intermediate_size=16, head_dim=8,
+                        num_heads=2, num_kv_heads=1)
+    rng = random.Random(6)
+    kv = DualCache(model, RandomAdmission(0.5), 4, window=5)
+    server = generate.Server(model, kv, 12, range(0, 50, 9), chunk=64)
+    sizes = []
+    for _ in range(5):
+        prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 300))] for _ in range(60)]
+        assert len(list(server.answers(prompts))) == 60
+        check_pages(kv)
+        assert kv.num_promoted() == 0 and not kv.num_tokens.any()
+        sizes.append(len(kv.pool.k))
+    assert sizes[-1] == sizes[1], f"the pool grew: {sizes} pages"
 
 
 def test_demo(capsys):

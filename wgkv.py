@@ -471,6 +471,7 @@ class Cache:
     def reset(self):
         """Forget everything (a view: its sequences)."""
         self.num_tokens.zero_()
+        self.expect([0] * self.B)
         self.set_room(0)
         first, count = self.base.in_call or (self.first, 0)
         if self.first <= first and first + count <= self.first + self.B:
