@@ -1525,7 +1525,7 @@ def test_chunks_batches_and_standard_input_change_nothing(capsys, monkeypatch, t
 
 
 def test_answers_go_to_jsonl_and_are_not_asked_again(capsys, monkeypatch, tmp_path):
-    """Faults: answers out of order, one asked twice, a half-written line that stops the next run."""
+    """Faults: answers out of order, one asked twice, half a line that stops the next run."""
     files = [str(tmp_path / f"{n}.txt") for n in range(5)]
     for n, file in enumerate(files):
         Path(file).write_text(STORY[100 * n:100 * n + 300 * (5 - n)])

@@ -77,6 +77,7 @@ from safetensors.torch import load_file, save_file
 # Before triton is imported: without a GPU its kernels run in an interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import files
 import generate
 import wgkv
 from common import HERE, UserError
@@ -1043,7 +1044,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
             f.write(before[:1000])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(wgkv, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     refused(lambda: Gates.for_model(model).save(path, model), "No space left")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["g"]
@@ -1626,7 +1627,7 @@ def test_the_simple_cache_is_the_method():
     equal(torch.stack(got), expected(qkv, g, 9)[0, 0, 0])
 
 
-OUR_FILES = ["common", "hopper", "kernels", "model", "wgkv", "generate", "train", "bench"]
+OUR_FILES = ["common", "hopper", "kernels", "model", "files", "wgkv", "generate", "train", "bench"]
 
 
 def imported(name):

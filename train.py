@@ -43,11 +43,11 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from files import fingerprint, load_official
 from generate import Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
-from wgkv import (DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, fingerprint,
-                  load_official, sparsity_loss)
+from wgkv import DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, sparsity_loss
 
 EXAMPLES = """examples:
   python train.py                               the bundled model: no data, minutes on a laptop
@@ -908,7 +908,7 @@ def convert(args):
     args.device = args.device or "cpu"
     args.dtype = args.dtype or "bfloat16"
     model = load_model(args)
-    gates = load_official(args.convert, model)
+    gates = load_official(Gates, args.convert, model)
     gates.window = args.window or gates.window
     gates.tau = args.tau or gates.tau
     gates.save(args.out, model, args.lam or 0.0)

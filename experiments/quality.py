@@ -61,9 +61,10 @@ from common import (HERE, Parser, UserError, check_writable, model_options,     
                     progress, read_json, read_text, real, run_program, say, whole, write_text)
 from experiments.policies import (SIMPLER, Limited, OracleAdmission,            # noqa: E402
                                   SinksAndWindow, make_cache, matched, rank_heads, uniform_random)
+from files import fingerprint                                                # noqa: E402
 from generate import Text, TextStream, decode, load_model, prefill              # noqa: E402
 from tiny import tasks                                                          # noqa: E402
-from wgkv import DualCache, Gates, RandomAdmission, fingerprint                 # noqa: E402
+from wgkv import DualCache, Gates, RandomAdmission                              # noqa: E402
 
 TASKS = ("facts", "lists", "classes", "copy", "prose")
 

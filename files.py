@@ -1,0 +1,211 @@
+"""Gates in files: what is written, and what is refused.
+
+To be skipped at a first reading. Gates and saved caches are safetensors files. Everything in a file
+is untrusted: each check names the file, what it found and what it expected, in one line. Nothing
+is unpickled but an official checkpoint, and of that only tensors.
+"""
+import hashlib
+import os
+import pickle
+import re
+
+import torch
+from safetensors.torch import save_file
+
+from common import UserError, check_number, check_regular, quoted, reading, replacing, say
+from model import check_finite, open_tensors, refuse_pointer
+
+FORMAT = "1"        # of gate files: a file of another format is refused
+
+
+# ------------------------------------------------------------------------------------- gate files
+
+def gate_shape(model):
+    """What gates must share with a model: (layers, KV heads, head dim)."""
+    c = model.config
+    return c.num_layers, c.num_kv_heads, c.head_dim
+
+
+def save_gates(gates, path, model, lam=0.0, recipe=""):
+    """Write one safetensors file: the parameters, and in its metadata what belongs to them.
+
+    lam and recipe say how the gates were trained (lambda, and the settings as JSON). They are
+    kept for the reader; nothing here reads them.
+    """
+    L, Hkv, D = gates.shape
+    tensors = {}
+    for name, p in gates.named_parameters():
+        tensors[name] = p.detach().float().cpu().contiguous()
+    metadata = dict(format=FORMAT, window=gates.window, tau=gates.tau, expansion=gates.expansion,
+                    lam=lam, model=model.name, layers=L, kv_heads=Hkv, head_dim=D,
+                    fingerprint=fingerprint(model), recipe=recipe)
+    with replacing(path) as part:           # never half a file where a good one was
+        save_file(tensors, part, metadata={key: str(value) for key, value in metadata.items()})
+
+
+def load_gates(make, path, model):
+    """Gates for this model from a file of save_gates, or from an official .pt checkpoint.
+
+    make: wgkv.Gates (this file does not import wgkv.py).
+
+    UserError if they do not fit by shape. If only the shape fits, because they were trained for
+    another model of the family, they load with a remark.
+    """
+    if str(path).endswith(".pt"):
+        return load_official(make, path, model)
+    file = open_tensors(path)
+    meta = file.metadata() or {}
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} is no gate file of format {FORMAT}: its metadata says "
+                        f"{quoted(meta.get('format'))}")
+
+    def number(key, low, high, kind):
+        return metadata_number(path, key, meta.get(key), low, high, kind)
+
+    shape = tuple(number(key, 1, 2**20, int) for key in ("layers", "kv_heads", "head_dim"))
+    refuse_misfit(path, quoted(meta.get("model")), shape, model)
+    # A cache allocates its ring, `window` tokens of every head, before it sees a single token.
+    settings = dict(window=number("window", 1, 2**20, int), tau=number("tau", 0, 1, float),
+                    expansion=number("expansion", 1 / shape[2], 256, float))
+    # In fp16 small weights lose bits, and with them the fingerprint.
+    if meta.get("fingerprint") != fingerprint(model) and model.dtype != torch.float16:
+        say(f"{path}: these gates were trained for another model ({quoted(meta.get('model'))}) "
+            f"than {model.name}: the shapes fit, the weights differ")
+    with reading(path):
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return fill_gates(make, path, model, settings, shapes, file.get_tensor)
+
+
+def load_official(make, path, model):
+    """Gates in the layout of the authors' checkpoints: a pickled dict of tensors."""
+    tensors = read_official(path)
+    L = 1 + max(int(name.split(".")[1]) for name in tensors)
+    D = first_size(tensors["layers.0.pre_norm"])
+    Hkv = first_size(tensors["layers.0.w2"])
+    rows = first_size(tensors["layers.0.w1"])
+    refuse_misfit(path, "its model", (L, Hkv, D), model)
+
+    # Theirs are weights of Conv1d (rows, columns, 1), and the rows of all heads stand in one
+    # matrix, head after head. With 2 heads of 64 hidden numbers, rows 64 to 128 are head 1's.
+    hidden = max(1, rows // Hkv)
+    reshape = {"w1": [(Hkv * hidden, 2 * D, 1), (Hkv, hidden, 2 * D)],
+               "b1": [(Hkv * hidden,), (Hkv, hidden)],
+               "w2": [(Hkv, hidden, 1), (Hkv, hidden)]}
+    for name, tensor in tensors.items():
+        theirs, ours = reshape.get(name.split(".")[2], (None, None))
+        if tensor.shape == theirs:          # else it does not fit, and fill_gates says so
+            tensors[name] = tensor.reshape(ours)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return fill_gates(make, path, model, dict(expansion=hidden / D), shapes, tensors.get)
+
+
+@torch.no_grad()
+def fill_gates(make, path, model, settings, shapes, read):
+    """Gates for model, with the tensors of a file: `shapes` of them all, and `read` for each.
+
+    UserError unless they are exactly the parameters. The shapes are compared on the meta
+    device, where parameters have no memory: a broken file must not make us allocate what it
+    asks for.
+    """
+    with torch.device("meta"):
+        gates = make(*gate_shape(model), **settings)
+    params = dict(gates.named_parameters())
+    missing = sorted(params.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - params.keys())
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing")
+    if unknown:
+        raise UserError(f"{path}: {quoted(unknown[0])} is not a gate parameter")
+    for name, p in params.items():
+        if shapes[name] != tuple(p.shape):
+            raise UserError(f"{path}: {name} has shape {quoted(shapes[name])}, "
+                            f"not {tuple(p.shape)}")
+
+    gates.to_empty(device=model.device)
+    for name, p in gates.named_parameters():
+        with reading(path):
+            p.copy_(read(name))
+        check_finite(path, name, p)
+    return gates.eval().requires_grad_(False)
+
+
+def metadata_number(path, key, text, low, high, kind):
+    """A number from a gate file's metadata, where everything is text."""
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = text
+    return check_number(path, f"its metadata's {key}", value, low, high, whole=kind is int)
+
+
+OFFICIAL_NAME = re.compile(r"(?:model\.layers\.)?([0-9]{1,6})\.self_attn\.g_predictors\.(\w+\.\w+)")
+OFFICIAL_PARTS = {"pre_key_norm.weight": "pre_norm", "post_key_norm.weight": "post_norm",
+                  "conv1.weight": "w1", "conv1.bias": "b1",
+                  "conv2.weight": "w2", "conv2.bias": "b2"}
+
+
+def read_official(path):
+    """{our name: tensor} from an official checkpoint."""
+    refuse_pointer(path)
+    check_regular(path, most=2**32)             # gates of an 8B model have some 128 MiB
+    with reading(path, "read as a dict of tensors"):
+        # weights_only: a pickle can run any code while it is read; this way it cannot.
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (KeyError, IndexError, EOFError):        # the unpickler, from a file of another kind
+            raise pickle.UnpicklingError from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} should hold a dict of tensors, it holds a {type(stored).__name__}")
+    tensors = {}
+    for name, tensor in stored.items():
+        match = OFFICIAL_NAME.fullmatch(str(name))
+        if not match or match[2] not in OFFICIAL_PARTS or not is_plain(tensor, path):
+            raise UserError(f"{path}: {quoted(name)} is no tensor of an official gate checkpoint")
+        tensors[f"layers.{match[1]}.{OFFICIAL_PARTS[match[2]]}"] = tensor.detach()
+    if not {"layers.0.pre_norm", "layers.0.w1", "layers.0.w2"} <= tensors.keys():
+        raise UserError(f"{path}: it holds no gates of layer 0 "
+                        "(model.layers.0.self_attn.g_predictors.*)")
+    return tensors
+
+
+def is_plain(tensor, path):
+    """Is it an ordinary tensor of real numbers, with as many bytes as its file has at most?
+
+    Pickles can hold other kinds: sparse, nested and quantised tensors, and four bytes that are
+    expanded to 10^8 rows.
+    """
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return False
+    with reading(path):
+        return tensor.numel() * tensor.itemsize <= os.path.getsize(path)
+
+
+def first_size(tensor):
+    """The first of a tensor's sizes, 1 if it has none."""
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def refuse_misfit(path, trained_for, shape, model):
+    """UserError, naming both sides, unless gates of this shape fit the model."""
+    if shape != gate_shape(model):
+        form = "{} layers, {} KV heads of {}"
+        raise UserError(f"{path}: these gates are for {trained_for} with {form.format(*shape)}, "
+                        f"the model {model.name} has {form.format(*gate_shape(model))}")
+
+
+def fingerprint(model):
+    """A short hash of a model's shape and of some of its first layer's weights.
+
+    Gates of Llama-3.2-1B fit Llama-3.2-1B-Instruct by shape. The hash tells the two apart. The
+    weights are rounded to bf16, so that it is the same for a model loaded in fp32 and in bf16.
+    """
+    c = model.config
+    kv_rows = 2 * c.num_kv_heads * c.head_dim                       # k_proj and v_proj
+    sample = model.layers[0].qkv.weight[-kv_rows::7, ::5].to("cpu", torch.bfloat16)
+    sizes = (c.model_type, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim,
+             c.vocab_size)
+    # Through Python numbers: without numpy, bf16 has no bytes that hashlib takes.
+    text = repr((sizes, sample.flatten()[:4096].tolist()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
