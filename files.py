@@ -1,10 +1,11 @@
-"""Gates in files: what is written, and what is refused.
+"""Gates and caches in files: what is written, and what is refused.
 
 To be skipped at a first reading. Gates and saved caches are safetensors files. Everything in a file
 is untrusted: each check names the file, what it found and what it expected, in one line. Nothing
 is unpickled but an official checkpoint, and of that only tensors.
 """
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -16,6 +17,8 @@ from common import UserError, check_number, check_regular, quoted, reading, repl
 from model import check_finite, open_tensors, refuse_pointer
 
 FORMAT = "1"        # of gate files: a file of another format is refused
+CACHE_FORMAT = "1"  # of cache files
+PAGES_AT_ONCE = 1024        # of a cache file's keys and values, checked and copied together
 
 
 # ------------------------------------------------------------------------------------- gate files
@@ -209,3 +212,101 @@ def fingerprint(model):
     # Through Python numbers: without numpy, bf16 has no bytes that hashlib takes.
     text = repr((sizes, sample.flatten()[:4096].tolist()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------- cache files
+#
+# A file has no page ids: pages lie in it row after row, and get new ids when they are loaded. So
+# there is no id that could point outside the pool. What counts say decides how many pages a row
+# has; all other tensors must then have the sizes that follow from them.
+
+def save_cache(kv, path, model, ids, notes):
+    """Write a cache to one safetensors file; see wgkv.Cache.save."""
+    assert kv.view_of is None, "a view cannot be saved"
+    num_tokens = kv.num_tokens.tolist()
+    assert [len(x) for x in ids] == num_tokens, f"{[len(x) for x in ids]} ids of {num_tokens}"
+    tensors = dict(kv.state(), num_tokens=kv.num_tokens,
+                   ids=torch.tensor([token for x in ids for token in x], dtype=torch.int32))
+    metadata = dict(cache_metadata(kv, model), model=model.name, notes=json.dumps(notes))
+    with replacing(path) as part:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, part,
+                  metadata={key: str(value) for key, value in metadata.items()})
+
+
+def cache_metadata(kv, model):
+    """What must be the same in the cache that a file is loaded into."""
+    L, Hkv, D = gate_shape(model)
+    return dict(cache_format=CACHE_FORMAT, kind=type(kv).__name__, fingerprint=fingerprint(model),
+                dtype=str(kv.dtype).removeprefix("torch."), layers=L, kv_heads=Hkv, head_dim=D,
+                sequences=kv.B, **kv.settings())
+
+
+def load_cache(kv, path, model):
+    """Fill an empty cache from a file of save_cache: (ids, notes); see wgkv.Cache.load.
+
+    The header is checked before memory is taken, the contents while they are read. After a
+    UserError the cache is empty.
+    """
+    assert kv.view_of is None and not kv.num_tokens.any(), "only an empty cache can be loaded"
+    check_regular(path)
+    file = open_tensors(path)
+    meta = file.metadata() or {}
+    if "cache_format" not in meta:
+        raise UserError(f"{path} is no saved cache: its metadata names no cache_format")
+    for key, here in cache_metadata(kv, model).items():
+        if meta.get(key) != str(here):
+            raise UserError(f"{path}: this cache was saved with {key} {quoted(meta.get(key))}, "
+                            f"here it is {quoted(str(here))}")
+    with reading(path):
+        notes = json.loads(meta.get("notes", "{}"))
+    if not isinstance(notes, dict):
+        raise UserError(f"{path}: its notes are no JSON object")
+
+    num_tokens = stored(path, file, "num_tokens", (kv.B,), torch.int64)
+    if (num_tokens < 0).any() or (num_tokens >= 2**31).any():
+        raise UserError(f"{path}: num_tokens should be from 0 to 2^31, it is {num_tokens.tolist()}")
+    ids = stored(path, file, "ids", (int(num_tokens.sum()),), torch.int32)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+        raise UserError(f"{path}: ids should be from 0 to {model.config.vocab_size - 1}")
+    try:
+        kv.restore(path, file, num_tokens)
+        kv.num_tokens.copy_(num_tokens)
+    except BaseException:
+        kv.reset()
+        raise
+    return [part.tolist() for part in ids.split(num_tokens.tolist())], notes
+
+
+def stored(path, file, name, shape, dtype):
+    """A tensor of a cache file, which must have this shape and dtype."""
+    check_stored(path, file, name, shape, dtype)
+    with reading(path):
+        return file.get_tensor(name)
+
+
+def check_stored(path, file, name, shape, dtype):
+    """UserError unless the header names a tensor of this shape and dtype."""
+    with reading(path):
+        if name not in file.keys():
+            raise UserError(f"{path}: {name} is missing")
+        view = file.get_slice(name)
+        there = tuple(view.get_shape()), view.get_dtype()
+    kinds = {torch.int64: "I64", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16",
+             torch.float16: "F16"}
+    if there != (tuple(shape), kinds[dtype]):
+        raise UserError(f"{path}: {name} should be {kinds[dtype]} of shape {tuple(shape)}, it is "
+                        f"{quoted(there[1])} of shape {quoted(there[0])}")
+
+
+def finite_parts(path, file, name, at_once):
+    """(start, stop, part) of a tensor's first dimension, each part without NaN and infinity."""
+    with reading(path):
+        view = file.get_slice(name)
+        length = view.get_shape()[0]
+    for start in range(0, length, at_once):
+        stop = min(start + at_once, length)
+        with reading(path):
+            part = view[start:stop]
+        if part.numel() > 0:
+            check_finite(path, name, part)
+        yield start, stop, part

@@ -4,6 +4,8 @@
     python generate.py --prompt a.txt               another text; "-" reads standard input
     python generate.py --prompt a.txt b.txt         two texts, decoded as one batch
     python generate.py --prompt *.txt --batch 8 --jsonl out.jsonl       many, eight at a time
+    python generate.py --prompt a.txt --save-cache a.cache              read once,
+    python generate.py --load-cache a.cache --prompt q.txt              ask often
     python generate.py --prompt a.txt --dense       keep everything, for comparison
     python generate.py --prompt a.txt --admit none  keep only the sliding window
     python generate.py --prompt a.txt --model ~/Llama-3.2-1B-Instruct --gates g.safetensors --chat
@@ -664,6 +666,8 @@ class Session:
     def __init__(self, args):
         self.args = args
         self.names = args.prompt or [str(HERE / "tiny" / "example.txt")]
+        if args.load_cache and not args.prompt:
+            self.names = []         # the conversation goes on with what is typed
         self.done = {}              # name -> the object of an answer that --jsonl has already
         if args.jsonl:
             self.done = read_answers(args.jsonl, args.model)
@@ -672,7 +676,9 @@ class Session:
         self.text = Text(args.model)
         self.replies = 0
         self.last = None            # the last id decoded, not in the cache yet
-        self.prompts = [self.encode(text) for text in texts]
+        self.ids = []               # those in the cache
+        if not args.load_cache:
+            self.prompts = [self.encode(text) for text in texts]
 
         self.model = load_model(args)
         self.gates = None
@@ -687,6 +693,9 @@ class Session:
         if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
 
+        if args.load_cache:
+            self.load_cache()
+            self.prompts = [self.encode(text) for text in texts]
         self.warned = False
         self.first_use_s = warm_up(self.model, self.kv)
         self.prompt_tokens = self.new_tokens = 0
@@ -711,15 +720,42 @@ class Session:
         """The ids of the next turn."""
         if self.args.chat:
             return self.text.turn(text, self.replies, self.last)
-        if self.last is None:
+        if not self.ids:
             return self.text.encode(text)
-        return [self.last] + self.text.encode(f"\n\n{text}", begin=False)
+        last = [] if self.last is None else [self.last]
+        return last + self.text.encode(f"\n\n{text}", begin=False)
+
+    def load_cache(self):
+        """Go on where the process that wrote --load-cache has ended."""
+        [self.ids], notes = self.kv.load(self.args.load_cache, self.model)
+        self.replies, self.last = notes.get("replies"), notes.get("last")
+        chat = notes.get("chat")
+        if not isinstance(self.replies, int) or not isinstance(self.last, (int, type(None))):
+            raise UserError(f"{self.args.load_cache}: its notes do not say where the text stops")
+        if chat is not self.args.chat:
+            raise UserError(f"{self.args.load_cache} was saved {'with' if chat else 'without'} "
+                            "--chat: go on in the same way")
+
+    def save_cache(self):
+        """Write --save-cache: the cache, and where the conversation stands."""
+        notes = dict(replies=self.replies, last=self.last, chat=self.args.chat)
+        self.kv.save(self.args.save_cache, self.model, [self.ids], notes)
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
-        if len(self.prompts) != 1 or self.args.jsonl:
+        if len(self.prompts) > 1 or self.args.jsonl:
             self.answer_all()
             return
+        if self.prompts:
+            self.answer()
+        if self.args.interactive:
+            for line in typed_lines():
+                self.decode(self.prefill([self.encode(line)]))
+        if self.args.save_cache is not None:
+            self.save_cache()
+
+    def answer(self):
+        """Answer the one prompt."""
         if self.args.show_kept is not None:
             self.kv.admission = AdmissionLog(self.kv.admission, self.kv.tau)
         hidden = self.prefill(self.prompts)
@@ -727,9 +763,6 @@ class Session:
             self.show_kept(self.kv.admission.admitted())
             self.kv.admission = self.kv.admission.policy
         self.decode(hidden)
-        if self.args.interactive:
-            for line in typed_lines():
-                self.decode(self.prefill([self.encode(line)]))
 
     def answer_all(self):
         """Answer several prompts; stdout has the answers in the order of the prompts."""
@@ -780,6 +813,8 @@ class Session:
             hidden = prefill(self.model, self.kv, prompts, self.args.chunk, bar.update)
         self.prefill_s += clock(self.model.device) - start
         self.prompt_tokens += total
+        self.ids += prompts[0]
+        self.last = None
         return hidden
 
     def warn_if_too_long(self, prompts):
@@ -794,11 +829,15 @@ class Session:
 
     def decode(self, hidden):
         """Decode an answer, shown token by token."""
+        if self.args.max_new_tokens == 0:                       # only to be saved
+            return
         stream = TextStream(self.text, continues=True)
         start = clock(self.model.device)
         try:
             for [token] in decode(self.model, self.kv, hidden, self.args.max_new_tokens,
                                   self.text.end, self.choose):
+                if self.last is not None:
+                    self.ids.append(self.last)
                 self.last = token
                 self.new_tokens += 1
                 print(stream.push(token), end="", flush=True)
@@ -981,9 +1020,15 @@ def parse(argv):
                        help="in decode, attend to at most N tokens of each layer and head")
     group.add_argument("--chunk", type=whole(1), default=4096, metavar="N",
                        help="prefill N tokens at once; fewer need less memory (default: 4096)")
+    group.add_argument("--save-cache", metavar="FILE",
+                       help="in the end write the cache to this file: read once, ask often")
+    group.add_argument("--load-cache", metavar="FILE",
+                       help="begin with a cache that --save-cache has written; the prompt goes on "
+                       "from there")
     group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N",
-                       help="stop after so many tokens (default: 128)")
+    group.add_argument("--max-new-tokens", type=whole(0), default=128, metavar="N",
+                       help="stop after so many tokens (default: 128; 0 only reads the prompt, for "
+                       "--save-cache)")
     group.add_argument("--temperature", type=real(0), default=0.0, metavar="T",
                        help="sample at this temperature (default: 0; below "
                        f"{COLDEST} it is always the likeliest token)")
@@ -1045,7 +1090,20 @@ def refuse_clashes(args):
         raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
     if args.top_p < 1 and args.temperature < COLDEST:
         raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
-    for path in (args.show_kept, args.jsonl):
+    saved = args.save_cache is not None or args.load_cache is not None
+    if saved and (several or args.jsonl is not None):
+        raise UserError("--save-cache and --load-cache go with one prompt, not with several")
+    if args.load_cache is not None and args.show_kept is not None:
+        raise UserError("--show-kept shows a text from its beginning: it does not go with "
+                        "--load-cache")
+    if args.load_cache is not None and isinstance(args.budget, float):
+        raise UserError("--budget as a share is one of the prompt: with --load-cache give it in "
+                        "bytes, like 256MiB")
+    if args.load_cache is not None and args.prompt is None and not args.interactive:
+        raise UserError("--load-cache needs a --prompt, or --interactive")
+    if args.max_new_tokens == 0 and (args.save_cache is None or args.chat):
+        raise UserError("--max-new-tokens 0 is for --save-cache without --chat")
+    for path in (args.show_kept, args.jsonl, args.save_cache):
         if path is not None:
             check_writable(path)
 

@@ -1608,6 +1608,35 @@ def test_chat_and_interactive_read_each_line_once(capsys, monkeypatch, tmp_path,
         [no[-1], end, *text.encode("\n\nand now?", begin=False)]]
 
 
+@pytest.mark.parametrize("options", ([], ["--dense"], ["--budget", "2.5MiB", "--select", "512"]),
+                         ids=" ".join)
+def test_read_once_ask_often(options, capsys, monkeypatch, tmp_path, prompt):
+    """Two processes say what one says, with the answers between; and a cache can be asked twice."""
+    question = tmp_path / "question.txt"
+    question.write_text("What is the code of Silas?")
+    cache = str(tmp_path / "x.cache")
+    options = [*options, "--max-new-tokens", "14"]
+    type_in(monkeypatch, b"What is the code of Silas?\n")
+    together = answer(capsys, "--prompt", prompt, "--interactive", *options)
+    first = answer(capsys, "--prompt", prompt, "--save-cache", cache, *options)
+    for _ in range(2):
+        second = answer(capsys, "--load-cache", cache, "--prompt", str(question), *options)
+        assert first + second == together
+    type_in(monkeypatch, b"What is the code of Silas?\n")
+    assert answer(capsys, "--load-cache", cache, "--interactive", *options) == second
+
+    # Only read, and then asked: the prompt was not answered in between.
+    answer(capsys, "--prompt", prompt, "--save-cache", cache, *options[:-1], "0")
+    assert answer(capsys, "--load-cache", cache, "--prompt", str(question), *options)
+    for wrong, words in ((["--chat"], "without --chat"), (["--tau", "0.2"], "tau"),
+                         (["--dtype", "bfloat16"], "dtype")):
+        if "--dense" in options and "--tau" in wrong:
+            continue
+        status = run_program(generate.main, ["--load-cache", cache, "--prompt", str(question),
+                                             "--device", "cpu", *options, *wrong])
+        assert status == 2 and words in capsys.readouterr().err
+
+
 def test_a_line_that_is_not_utf_8_is_left_out(capsys, monkeypatch, prompt):
     """A byte from another keyboard must not end a long session with a traceback."""
     read = script(monkeypatch, [[70], [70], [70]])
@@ -1727,7 +1756,7 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--temperature inf": "--temperature",
     "--temperature 1 --top-p 0": "--top-p",
     "--top-p 0.5": "--temperature",
-    "--max-new-tokens 0": "--max-new-tokens",
+    "--max-new-tokens 0": "--max-new-tokens 0 is for --save-cache",
     "--max-new-tokens 1e3": "--max-new-tokens",
     "--chunk 99999999999999999999999": "--chunk",
     "--seed -1": "--seed: should be a whole number of at least 0, it is '-1'",
@@ -1741,6 +1770,13 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--interactive --prompt A B": "--interactive",
     "--interactive --jsonl x.jsonl": "--jsonl",
     "--jsonl no/such/x": "no/such",
+    "--save-cache no/such/x": "no/such",
+    "--load-cache nowhere --interactive": "nowhere",
+    "--load-cache x": "--prompt",
+    "--load-cache x --prompt A B": "one prompt",
+    "--load-cache x --prompt A --budget 10%": "in bytes",
+    "--load-cache x --prompt A --show-kept x.html": "--show-kept",
+    "--max-new-tokens -1": "--max-new-tokens",
     "--batch 0": "--batch",
     "--dense --tau 0": "--dense",
     "--dense --admit none": "--dense",

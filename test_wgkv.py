@@ -42,6 +42,11 @@ Triton's interpreter, and the tests of half precision are skipped.
     the authors' checkpoints load, broken ones do not       official
     random admission is fair, in any split                  random_admission
 
+    Saved caches
+    a loaded cache goes on as the saved one, bit by bit     loaded_cache
+    broken and hostile files are refused in a line          broken_cache_files
+    a save that fails leaves the old file                   killed_save
+
     Training
     soft attention and its gradients are autograd's         soft, student
     the sparsity loss is the expected share                 sparsity_loss
@@ -1156,6 +1161,162 @@ def test_random_admission(share):
     part = RandomAdmission(share).gate(1, k[:, :, :7], k, some) >= 0
     assert torch.equal(part[0], admitted[3:6, 50:57])
     assert torch.equal(part[1], admitted[3:6, 3:10])
+
+
+# ------------------------------------------------------------------------------------- saved caches
+
+@pytest.mark.parametrize("kind", ("dual", "dense", "gate", "snapkv", "select"))
+def test_a_loaded_cache_goes_on_as_the_saved_one(kind, gpu, tmp_path):
+    """Another process gets the outputs of one process, bit by bit, and may save again.
+
+    Faults: a partial page, a ring that is not full, an empty sequence, lost queries, stale bounds.
+    """
+    model = small_llama(7, num_layers=2)
+    torch.manual_seed(7)
+    tokens = torch.randint(50, (3, 500))
+    budget = DualCache(model, RandomAdmission(0.6), 3, 30, budget=2**40).fixed_bytes()
+    page = DualCache(model, RandomAdmission(0.6), 3, 30).page_bytes()
+
+    def make():
+        if kind == "dense":
+            return DenseCache(model, 3)
+        settings = dict(window=30)
+        if kind in ("gate", "snapkv"):
+            settings.update(evict_by=kind, budget=budget + 24 * page)
+        if kind == "snapkv":
+            settings["budget"] += 2 * 3 * (6 * 256 * 16 * 4 + 8)
+        if kind == "select":
+            settings["select"] = 128
+        return DualCache(model, RandomAdmission(0.6), 3, **settings)
+
+    def more(kv):
+        outputs = [model(tokens[:, 300:370], kv, torch.tensor([70, 0, 9]))]
+        with kv.decoding():
+            outputs += [model(tokens[:, n:n + 1], kv) for n in range(370, 380)]
+        return [x[[0, 2]] for x in outputs]         # the second sequence was empty
+
+    for lengths in ([450, 0, 300], [20, 0, 5], [0, 0, 0]):
+        kv = make()
+        for start in range(0, 450, 150):
+            model(tokens[:, start:start + 150], kv,
+                  (torch.tensor(lengths) - start).clamp(0, 150))
+        ids = [tokens[b, :n].tolist() for b, n in enumerate(lengths)]
+        path = tmp_path / "x.cache"
+        kv.save(path, model, ids, dict(about="x"))
+        loaded = make()
+        assert loaded.load(path, model) == (ids, dict(about="x"))
+        assert loaded.kept_bytes() == kv.kept_bytes()
+        loaded.save(tmp_path / "again.cache", model, ids, dict(about="x"))
+        saved, again = load_file(path), load_file(tmp_path / "again.cache")
+        assert saved.keys() == again.keys()
+        assert all(torch.equal(again[name], x) for name, x in saved.items() if x.isfinite().all())
+        if kind in ("gate", "snapkv"):
+            assert (loaded.num_evicted, loaded.tau_now) == (kv.num_evicted, kv.tau_now)
+            assert kv.num_evicted > 0 or lengths[0] < 450
+        for got, want in zip(more(loaded), more(kv)):
+            assert torch.equal(got[want.isfinite()], want[want.isfinite()])
+        if kind != "dense":
+            check_pages(loaded)
+
+
+def test_broken_cache_files(tmp_path):
+    """Each is refused in a line, before memory is taken for what it claims, and leaves no trace."""
+    model = small_llama(8, num_layers=2)
+    torch.manual_seed(8)
+    tokens = torch.randint(50, (1, 200))
+    kv = DualCache(model, RandomAdmission(0.6), window=30)
+    model(tokens, kv)
+    path = tmp_path / "x.cache"
+    kv.save(path, model, tokens.tolist())
+    good = load_file(path)
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+
+    def broken(change=lambda tensors: None, **metadata):
+        tensors = {name: x.clone() for name, x in good.items()}
+        change(tensors)
+        save_file(tensors, tmp_path / "broken", metadata={**meta, **metadata})
+        return tmp_path / "broken"
+
+    def put(name, index, value):
+        def change(tensors):
+            tensors[name][index] = value
+        return broken(change)
+
+    def swap(name, value):
+        return broken(lambda tensors: tensors.update({name: value}))
+
+    cases = [
+        (lambda: put("counts", (0, 0, 0), -1), "count of promoted"),
+        (lambda: put("counts", (0, 0, 0), 171), "count of promoted"),
+        (lambda: put("counts", (1, 0, 1), 2**62), "count of promoted"),
+        (lambda: put("counts", (0, 0, 0), 1), "k should be F32 of shape"),
+        (lambda: put("num_tokens", 0, 2**40), "num_tokens"),
+        (lambda: put("num_tokens", 0, -5), "num_tokens"),
+        (lambda: put("num_tokens", 0, 199), "ids should be I32 of shape (199,)"),
+        (lambda: put("ids", 0, 50), "ids should be from 0 to 49"),
+        (lambda: put("ids", 0, -1), "ids should be from 0 to 49"),
+        (lambda: put("k", (0, 0, 0), math.nan), "'k' holds NaN"),
+        (lambda: put("v", (3, 9, 1), math.inf), "'v' holds NaN"),
+        (lambda: put("g", (0, 2), math.nan), "gate is NaN"),
+        (lambda: put("g", (0, 2), -math.inf), "gate is NaN"),
+        (lambda: put("pos", (0, 0), 7), "positions"),
+        (lambda: put("pos", (1, 0), 180), "positions"),
+        (lambda: put("pos", (1, 0), -3), "positions"),
+        (lambda: put("pos", (1, 1), good["pos"][1, 0]), "positions"),
+        (lambda: put("tau_now", 0, 0.05), "tau_now"),
+        (lambda: put("tau_now", 0, math.nan), "tau_now"),
+        (lambda: swap("k", good["k"][:-1].clone()), "k should be"),
+        (lambda: swap("k", good["k"].half()), "k should be F32"),
+        (lambda: swap("counts", good["counts"].int()), "counts should be I64"),
+        (lambda: broken(lambda tensors: tensors.pop("g")), "g is missing"),
+        (lambda: broken(fingerprint="0"), "fingerprint"),
+        (lambda: broken(window="31"), "window"),
+        (lambda: broken(tau="0.2"), "tau"),
+        (lambda: broken(dtype="bfloat16"), "dtype"),
+        (lambda: broken(admission="random 0.5, seed 0"), "admission"),
+        (lambda: broken(cache_format="0"), "cache_format"),
+        (lambda: broken(notes="["), "cannot be read"),
+        (lambda: broken(notes="7"), "notes"),
+    ]
+    for make, words in cases:
+        empty = DualCache(model, RandomAdmission(0.6), window=30)
+        file = make()
+        refused(lambda: empty.load(file, model), "broken", words)
+        assert not empty.num_tokens.any() and not empty.counts.any()
+        check_pages(empty)
+        equal(model(tokens, empty), model(tokens, kv_like(model)))
+
+    whole = path.read_bytes()
+    texts = [whole[:100], whole[:-10], b"", b"\xff" * 200,
+             (2**60).to_bytes(8, "little") + whole[8:],
+             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"]
+    for text in texts:
+        path.write_bytes(text)
+        refused(lambda: kv_like(model).load(path, model), str(path))
+    refused(lambda: kv_like(model).load(tmp_path, model), "not a regular file")
+    refused(lambda: kv_like(model).load(tmp_path / "nowhere", model), "nowhere")
+
+
+def kv_like(model):
+    return DualCache(model, RandomAdmission(0.6), window=30)
+
+
+def test_a_killed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """A disk that is full while a cache is written: the old file stays, no part of the new one."""
+    model = small_llama(9, num_layers=1)
+    kv = kv_like(model)
+    path = tmp_path / "x.cache"
+    path.write_bytes(b"old")
+
+    def full_disk(tensors, part, metadata):
+        with open(part, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full_disk)
+    refused(lambda: kv.save(path, model, [[]]), "No space left")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # ----------------------------------------------------------------------------------------- training

@@ -43,6 +43,7 @@ the same operations in Triton.
 """
 import contextlib
 import copy
+import hashlib
 import math
 
 import torch
@@ -211,6 +212,13 @@ class Gates(nn.Module):
         """
         return self.layers[layer](k, k_rotated)
 
+    def identity(self):
+        """A hash of all parameters: a saved cache is no use to other gates."""
+        digest = hashlib.sha256()
+        for p in self.parameters():
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, path, model, lam=0.0, recipe=""):
         """Write one safetensors file; see files.save_gates."""
         files.save_gates(self, path, model, lam, recipe)
@@ -231,6 +239,9 @@ class RandomAdmission:
     def __init__(self, share, seed=0):
         self.share = share
         self.seed = seed
+
+    def identity(self):
+        return f"random {self.share}, seed {self.seed}"
 
     def gate(self, layer, k, k_rotated, positions):
         """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
@@ -479,6 +490,22 @@ class Cache:
         """What a dense cache holds for the same tokens: K and V, every layer and head."""
         return 2 * self.L * self.Hkv * self.D * self.dtype.itemsize * int(self.num_tokens.sum())
 
+    def save(self, path, model, ids, notes=None):
+        """Write the cache to one safetensors file, for another process to `load`.
+
+        ids: for each sequence the list of the tokens that it has. notes: anything that JSON can
+        hold, for the reader.
+        """
+        files.save_cache(self, path, model, ids, notes or {})
+
+    def load(self, path, model):
+        """Fill this empty cache from a file of `save`: (ids, notes) as they were given there.
+
+        UserError if the file is broken, or from another model, other gates or other settings.
+        What comes next is then what would have come in the process that saved it.
+        """
+        return files.load_cache(self, path, model)
+
     def rotate(self, q, k, cos, sin):
         if self.kernels:
             return self.kernels.rotate(q, k, cos, sin)
@@ -553,6 +580,31 @@ class DenseCache(Cache):
         keys = self.base.k[layer][self.first:self.first + self.B, :, :self.longest]
         values = self.base.v[layer][self.first:self.first + self.B, :, :self.longest]
         return self.attention(q, keys, values)
+
+    def settings(self):
+        """What a saved cache must have in common with one that loads it."""
+        return {}
+
+    def state(self):
+        """The tensors that `save` writes: of each layer k and v (B, Hkv, S, D), S the longest."""
+        S = int(self.num_tokens.max())
+        parts = {}
+        for layer in range(self.L):
+            parts[f"k.{layer}"] = self.k[layer][:, :, :S]
+            parts[f"v.{layer}"] = self.v[layer][:, :, :S]
+        return parts
+
+    def restore(self, path, file, num_tokens):
+        """The reverse of `state`, from an untrusted file."""
+        S = int(num_tokens.max())
+        names = [(x, f"{name}.{layer}", layer) for layer in range(self.L)
+                 for name, x in (("k", self.k), ("v", self.v))]
+        for _, name, _ in names:
+            files.check_stored(path, file, name, (self.B, self.Hkv, S, self.D), self.dtype)
+        self.make_room(S)
+        for x, name, layer in names:
+            for start, stop, part in files.finite_parts(path, file, name, at_once=1):
+                x[layer][start:stop, :, :S] = part.to(self.device)
 
     def attention(self, q, keys, values):
         """Causal attention of the T last tokens, by the fastest way that the lengths allow."""
@@ -1098,6 +1150,111 @@ class DualCache(Cache):
         pages = table[..., self.R:][filled].long()
         self.pool.low[pages] = self.pool.k[pages].amin(1)
         self.pool.high[pages] = self.pool.k[pages].amax(1)
+
+    # ------------------------------------------------------- saved caches (skip at first reading)
+
+    def settings(self):
+        """What a saved cache must have in common with one that loads it."""
+        identity = getattr(self.admission, "identity", lambda: type(self.admission).__name__)
+        return dict(page=P, window=self.window, tau=self.tau, admission=identity(),
+                    evict_by=self.evict_by if self.queries is not None else "gate")
+
+    def state(self):
+        """The tensors that `save` writes: the pages in use, row after row, and what rows need.
+
+        k, v (n, P, D), g, pos (n, P): a row's ring, then its promoted tokens.
+        """
+        pages = self.page_table[self.pages_in_use(self.counts)].long()
+        parts = {name: getattr(self.pool, name)[pages] for name in ("k", "v", "g", "pos")}
+        parts.update(counts=self.counts, tau_now=self.tau_on_device)
+        parts["evicted"] = torch.tensor([self.num_evicted, self.num_evictions])
+        if self.queries is not None:
+            parts.update(queries=self.queries, num_queries=self.num_queries)
+        return parts
+
+    def pages_in_use(self, counts):
+        """(L, B, Hkv, M) bool: which columns of the page table have a page, by counts."""
+        column = torch.arange(self.page_table.shape[3], device=self.device)
+        return column < self.R + pages_for(counts)[..., None]
+
+    def restore(self, path, file, num_tokens):
+        """The reverse of `state`, from an untrusted file. Pages get new ids."""
+        shape = (self.L, self.B, self.Hkv)
+        counts = files.stored(path, file, "counts", shape, torch.int64)
+        left = (num_tokens - self.window).clamp(min=0)              # have left the window, (B)
+        if (counts < 0).any() or (counts > left[:, None]).any():
+            raise UserError(f"{path}: a row's count of promoted tokens should be from 0 to the "
+                            "number of tokens that have left the window")
+        n = int((self.R + pages_for(counts)).sum())
+        for name in ("k", "v"):
+            files.check_stored(path, file, name, (n, P, self.D), self.dtype)
+        tau_now = files.stored(path, file, "tau_now", (1,), torch.float32).item()
+        evicted = files.stored(path, file, "evicted", (2,), torch.int64).tolist()
+        if not self.tau_on_device.item() <= tau_now < math.inf or min(evicted) < 0:
+            raise UserError(f"{path}: tau_now {tau_now} or evicted {evicted} is out of range")
+        g = files.stored(path, file, "g", (n, P), torch.float32)
+        pos = files.stored(path, file, "pos", (n, P), torch.int32)
+        g = self.checked_slots(path, g, pos, counts, num_tokens)
+
+        # Only now memory is taken: free pages for all rows, in the file's order.
+        more = n - self.L * self.B * self.Hkv * self.R
+        if int(self.pool.num_free) < more:
+            self.pool.grow(more - int(self.pool.num_free))
+        columns = self.R + int(pages_for(counts.max()))
+        if self.page_table.shape[3] < columns:
+            self.all_page_table = F.pad(self.page_table, (0, columns - self.page_table.shape[3]))
+        self.moves += 1
+        counts = counts.to(self.device)
+        used = self.pages_in_use(counts)
+        used[..., :self.R] = False                                  # rings have their pages
+        self.page_table[used] = self.pool.take(more)
+        self.counts.copy_(counts)
+        pages = self.page_table[self.pages_in_use(counts)].long()
+        self.pool.g[pages] = g.to(self.device)
+        self.pool.pos[pages] = pos.to(self.device)
+        for name in ("k", "v"):
+            x = getattr(self.pool, name)
+            for start, stop, part in files.finite_parts(path, file, name, files.PAGES_AT_ONCE):
+                x[pages[start:stop]] = part.to(self.device)
+        if self.queries is not None:
+            size = tuple(self.queries.shape)
+            files.check_stored(path, file, "queries", size, self.dtype)
+            self.num_queries.copy_(num_tokens.expand(self.L, -1))
+            for start, stop, part in files.finite_parts(path, file, "queries", at_once=1):
+                self.queries[start:stop] = part.to(self.device)
+
+        self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
+        if tau_now > self.tau_on_device.item():
+            self.raise_tau(tau_now)
+        self.num_evicted, self.num_evictions = evicted
+        self.evict_over_budget()
+
+    def checked_slots(self, path, g, pos, counts, num_tokens):
+        """The gates g (n, P) with -inf in the ring's empty slots; UserError if g or pos is broken.
+
+        A row's promoted tokens must ascend and have left the window; those in its ring are the
+        last W, each in the place of its position.
+        """
+        column = torch.arange(self.R + int(pages_for(counts.max())), device="cpu")
+        used = column < (self.R + pages_for(counts.flatten()))[:, None]
+        row, column = used.nonzero().unbind(1)                              # of each page
+        S = num_tokens[row // self.Hkv % self.B][:, None]                   # (n, 1)
+        place = column[:, None] * P + torch.arange(P, device="cpu")         # (n, P)
+        in_ring = (column < self.R)[:, None].expand_as(place)
+        held = torch.where(in_ring, place < S.clamp(max=self.window),
+                           place - self.R * P < counts.flatten()[row][:, None])
+        newest = S - 1 - (S - 1 - place) % self.window      # the last position with this place
+        right = torch.where(in_ring, pos == newest, (pos >= 0) & (pos < S - self.window))
+        promoted = (held & ~in_ring).flatten()
+        rows = row.repeat_interleave(P)
+        neighbors = promoted[1:] & promoted[:-1] & (rows[1:] == rows[:-1])
+        ascend = pos.flatten().diff() > 0
+        if not right[held].all() or not ascend[neighbors].all():
+            raise UserError(f"{path}: the positions of a row's tokens do not ascend, or are not "
+                            "where they should be")
+        if g[held].isnan().any() or (g[held] == -math.inf).any():
+            raise UserError(f"{path}: a token's gate is NaN or -infinity")
+        return torch.where(held, g, torch.where(in_ring, -math.inf, 0.0))
 
     # --------------------------------------------------------------------------- looking inside
 
