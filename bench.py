@@ -465,7 +465,7 @@ def time_selection(model, share, tokens, args):
 
     def choose(layer):
         return kernels.select_pages(q[layer], kv.pool, kv.page_table[layer], kv.counts[layer],
-                                    kv.R, kv.most_selected)
+                                    kv.R, kv.chosen_pages)
 
     everything = plan(kv.counts)
     with kv.decoding():

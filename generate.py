@@ -424,16 +424,20 @@ class DecodeStep:
 
     def run(self):
         """Take a step: the first plainly, because it compiles kernels, the others by the graph."""
-        moved = self.kv.moves != self.moves
-        if moved:
+        if self.use_graph:
+            self.kv.ensure_room(1)          # a replay does not ask, and a capture must not
+        if self.kv.moves != self.moves:
             self.graph = None               # it holds addresses that have changed
             self.moves = self.kv.moves
+            self.body()
         elif self.use_graph and self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):                  # records, runs nothing
                 self.body()
-        if self.graph is not None:
             self.graph.replay()
+        elif self.graph is not None:
+            self.graph.replay()
+            self.kv.take_room(1)
         else:
             self.body()
         if not self.choice_in_graph:

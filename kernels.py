@@ -48,7 +48,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton makes a special version of a kernel if an integer argument is 1, and another if it is a
 # multiple of 16. These vary from call to call, so one version serves all their values.
-UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size"]
+UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size",
+                 "newest"]
 
 # A masked score, and the maximum before any score has been seen. They differ so that a query
 # which has seen only masked keys has weights 2^(MASKED - INITIAL_MAX) = 0; and both are finite,
@@ -313,14 +314,15 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
 
     Grid (B Hkv, L). page_table (L, B, Hkv, M) and counts (L, B, Hkv) may be views of some
     sequences: table_l and counts_l are their strides from layer to layer. tau is read from
-    memory, since eviction raises it between the steps of a captured graph.
+    memory, since an eviction may raise it between two replays of a captured graph.
     """
     row = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
     b = row // Hkv
     page_table += layer * table_l + row * columns
     counts += layer * counts_l + row
-    position = tl.load(num_tokens + b)          # of the new token, which takes the old one's place
+    # Of the new token, which takes the old one's place: with W = 100, 612 that of 512, place 12.
+    position = tl.load(num_tokens + b)
     if (tl.load(num_new + b) > 0) & (position >= W):
         place = position % W
         source = tl.load(page_table + place // P).to(tl.int64) * P + place % P
@@ -771,27 +773,31 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
 
 # ------------------------------------------------------------------------------------ selection
 # Quest (arXiv 2406.10774): see wgkv.py. For the keys k of a page whose channels lie between low
-# and high, q . k <= sum over d of max(q_d low_d, q_d high_d).
+# and high, q . k <= sum over d of max(q_d low_d, q_d high_d). It is exact if all keys are
+# equal, and never too low.
 
 @triton.jit
 def bound_page(page_k, low, high, page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
-    """The channelwise least and largest key of a full page, 16 keys at a time."""
+    """The channelwise smallest and largest key of a full page, 16 keys at a time."""
     d = tl.arange(0, DP)
-    least = tl.full([DP], float("inf"), tl.float32)
-    most = tl.full([DP], -float("inf"), tl.float32)
+    smallest = tl.full([DP], float("inf"), tl.float32)
+    largest = tl.full([DP], -float("inf"), tl.float32)
     for start in range(0, P, 16):
         slot = page.to(tl.int64) * P + start + tl.arange(0, 16)
         K = tl.load(page_k + slot[:, None] * D + d[None, :], (d < D)[None, :], 0.).to(tl.float32)
-        least = tl.minimum(least, tl.min(K, 0))
-        most = tl.maximum(most, tl.max(K, 0))
-    tl.store(low + page.to(tl.int64) * D + d, least.to(low.dtype.element_ty), d < D)
-    tl.store(high + page.to(tl.int64) * D + d, most.to(high.dtype.element_ty), d < D)
+        smallest = tl.minimum(smallest, tl.min(K, 0))
+        largest = tl.maximum(largest, tl.max(K, 0))
+    tl.store(low + page.to(tl.int64) * D + d, smallest.to(low.dtype.element_ty), d < D)
+    tl.store(high + page.to(tl.int64) * D + d, largest.to(high.dtype.element_ty), d < D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bound_pages_kernel(page_k, low, high, page_table, before, after, columns, R,
                        D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
-    """One program: one page that became full as its row went from `before` to `after` tokens."""
+    """One program: one page that became full as its row went from `before` to `after` tokens.
+
+    Grid (rows, columns - R). Most programs find no new full page, and stop.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.load(before + row) // P + tl.program_id(1)
     if column < tl.load(after + row) // P:
@@ -827,22 +833,22 @@ def page_bounds_kernel(q, low, high, page_table, counts, bounds, columns, R, G: 
         page = tl.load(page_table + row * columns + R + column, column < full, 0).to(tl.int64)
         here = (column < full)[:, None] & (d < D)[None, :]
         offsets = page[:, None] * D + d[None, :]
-        least = tl.load(low + offsets, here, 0.).to(tl.float32)             # (BC, DP)
-        most = tl.load(high + offsets, here, 0.).to(tl.float32)
+        smallest = tl.load(low + offsets, here, 0.).to(tl.float32)          # (BC, DP)
+        largest = tl.load(high + offsets, here, 0.).to(tl.float32)
         best = tl.full([BC], -float("inf"), tl.float32)
         for g in tl.static_range(G):
             Q = tl.load(q + (row * G + g) * D + d, d < D, 0.).to(tl.float32)[None, :]
-            best = tl.maximum(best, tl.sum(tl.maximum(Q * least, Q * most), 1))
+            best = tl.maximum(best, tl.sum(tl.maximum(Q * smallest, Q * largest), 1))
         tl.store(bounds + row * (columns - R) + column, best, column < full)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def choose_pages_kernel(bounds, page_table, counts, out, columns, R, CHOSEN: tl.constexpr,
                         BC: tl.constexpr, P: tl.constexpr):
-    """One program: one row. Its ring, and of its other pages the CHOSEN best, in their order.
+    """Writes a row's ring pages, and then the CHOSEN best of its other pages, in their order.
 
-    The last, partial page is always among them. Among equal bounds the older pages win.
-    BC >= columns - R.
+    One program: one row. bounds (rows, columns - R), out (rows, R + CHOSEN), BC >= columns - R. The
+    last, partial page is always among the chosen. Among equal bounds the older pages win.
     """
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BC)
@@ -852,14 +858,16 @@ def choose_pages_kernel(bounds, page_table, counts, out, columns, R, CHOSEN: tl.
     full = count // P
     used = c < tl.cdiv(count, P)
 
-    # As integers, floats from 0 on are in their order; of a negative one all bits but the sign
-    # are flipped, so that a larger one is a larger integer.
+    # Integers in the order of the bounds. The bits of floats from 0 on already are. Of a negative
+    # one all but the sign are flipped: -1.0 is 0xBF800000 and becomes 0xC07FFFFF, above -2.0, which
+    # is 0xC0000000 and becomes 0xBFFFFFFF. 64 bits, since "no page" lies below every int32.
     x = tl.load(bounds + row * (columns - R) + c, c < full, 0.).to(tl.int32, bitcast=True)
     x = tl.where(x < 0, x ^ 0x7FFFFFFF, x).to(tl.int64)
-    x = tl.where(c < full, x, 2**31 - 1)                # the partial page
+    x = tl.where(c < full, x, 2**31 - 1)                # the partial page, above all others
     x = tl.where(used, x, -2**31 - 1)                   # no page
 
-    # The CHOSEN-th largest: the largest number that CHOSEN pages reach, by bisection.
+    # The largest number that at least CHOSEN pages reach, by bisection. If a row has fewer pages,
+    # it is the lowest of all, and all its pages are taken.
     lowest = tl.full([], -2**31 - 1, tl.int64)
     highest = tl.full([], 2**31 - 1, tl.int64)
     for _ in range(33):
@@ -911,8 +919,9 @@ def compact_kernel(page_k, page_v, page_g, page_pos, page_table, counts, pages_b
     """One program: one row. Page after page, its tokens to keep move to the next free places.
 
     keep (n, P) of all pages in use, row after row; pages_before (rows): how many precede a row's.
-    The n-th token to keep goes to place n, which is its own place or an earlier one. So no token is
-    overwritten before it has been read, if only each page is read before it is written.
+    The n-th token to keep goes to place n: its own place, or an earlier one. Page i is read whole
+    before it is written, and its tokens go to places below (i + 1) P, so page i + 1 is still
+    untouched. If page 0 keeps 40 tokens, page 1's first one goes to place 40.
     """
     row = tl.program_id(0).to(tl.int64)
     page_table += row * columns + R
@@ -959,7 +968,8 @@ def query_sums_kernel(queries, page_k, page_table, counts, sums, scale, columns,
                       BM: tl.constexpr, P: tl.constexpr):
     """log2 of the sum of 2^score over a row's promoted keys. One program: BM of a row's queries.
 
-    queries (rows, G * QUERIES, D), sums (rows, G * QUERIES) fp32.
+    Grid (rows, G * QUERIES / BM). queries (rows, G * QUERIES, D), sums (rows, G * QUERIES) fp32.
+    Queries that were not recorded are zeros, and nobody reads their sums.
     """
     row = tl.program_id(0).to(tl.int64)
     i = row * G * QUERIES + tl.program_id(1) * BM + tl.arange(0, BM)
@@ -982,12 +992,13 @@ def query_sums_kernel(queries, page_k, page_table, counts, sums, scale, columns,
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def query_attention_kernel(queries, num_queries, page_k, pages, row, sums, scores, scale, Hkv,
-                           QUERIES: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+def query_attention_kernel(queries, num_queries, newest, page_k, pages, row, sums, scores, scale,
+                           Hkv, QUERIES: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                            DP: tl.constexpr, BM: tl.constexpr, P: tl.constexpr):
-    """Mean over a row's queries of the largest weight among a group's heads. One program: one page.
+    """Mean over a row's newest queries of the largest weight in a group. One program: one page.
 
-    The weight of a key is 2^(score - sum), with query_sums_kernel's sums.
+    Grid (n). The weight of a key is 2^(score - sum), with query_sums_kernel's sums. Position p is
+    in place p mod QUERIES: with 300 recorded and newest = 100, the places 200 to 255 and 0 to 43.
     """
     n = tl.program_id(0)
     r = tl.load(row + n)
@@ -995,26 +1006,28 @@ def query_attention_kernel(queries, num_queries, page_k, pages, row, sums, score
     slot = tl.arange(0, P)
     at = tl.load(pages + n).to(tl.int64) * P + slot
     K = tl.load(page_k + at[:, None] * D + d[None, :], (d < D)[None, :], 0.)        # (P, DP)
-    valid = tl.load(num_queries + r // Hkv).to(tl.int32)
+    end = tl.load(num_queries + r // Hkv)
+    valid = tl.minimum(end, newest)
     total = tl.zeros([P], tl.float32)
-    for start in range(0, valid, BM):
+    for start in range(0, QUERIES, BM):
         i = start + tl.arange(0, BM)
+        age = (end - 1 - i + QUERIES) % QUERIES         # 0 is the newest query
         largest = tl.zeros([BM, P], tl.float32)
         for g in tl.static_range(G):
             query = (r * G + g) * QUERIES + i
             Q = tl.load(queries + query[:, None] * D + d[None, :], (d < D)[None, :], 0.)
             s = tl.dot(Q, K.T, input_precision="ieee") * scale
             largest = tl.maximum(largest, tl.exp2(s - tl.load(sums + query)[:, None]))
-        total += tl.sum(tl.where((i < valid)[:, None], largest, 0.), 0)
+        total += tl.sum(tl.where((age < valid)[:, None], largest, 0.), 0)
     tl.store(scores + n * P + slot, total / valid)
 
 
-def query_attention(queries, num_queries, page_k, page_table, counts, pages, row, R):
+def query_attention(queries, num_queries, newest, page_k, page_table, counts, pages, row, R):
     """SnapKV's score of promoted tokens, before the neighbors. Twin: wgkv.query_attention.
 
-    queries (L, B, Hq, 256, D), of which num_queries (L, B) int64 count; page_table (rows, M) int32
-    and counts (rows) int64 of all rows; pages, row (n) int64: all pages in use and their rows.
-    Returns (n, P) fp32, with anything in slots that hold no token.
+    queries (L, B, Hq, 256, D), of num_queries (L, B) int64 that were recorded; the `newest` of them
+    count. page_table (rows, M) int32 and counts (rows) int64 of all rows; pages, row (n) int64: all
+    pages in use and their rows. Returns (n, P) fp32, with anything in slots that hold no token.
     """
     L, B, Hq, QUERIES, D = queries.shape
     Hkv = len(counts) // (L * B)
@@ -1028,7 +1041,7 @@ def query_attention(queries, num_queries, page_k, page_table, counts, pages, row
     query_sums_kernel[(len(counts), G * QUERIES // 64)](
         queries, page_k, page_table, counts, sums, scale, page_table.shape[1], R, **sizes)
     query_attention_kernel[(len(pages),)](
-        queries, num_queries, page_k, pages, row, sums, scores, scale, Hkv, **sizes)
+        queries, num_queries, newest, page_k, pages, row, sums, scores, scale, Hkv, **sizes)
     return scores
 
 

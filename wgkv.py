@@ -57,6 +57,9 @@ from model import attention, kernels_for, rotate
 
 P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
 MIN_GATE = 1e-3     # in training, so that log g stays finite
+SINKS = 4           # the first tokens of a text, which eviction never takes
+QUERIES = 256       # the last queries that are kept for SnapKV's score
+REFUSED = -1.0      # a gate below every tau; -inf would say that there is no token
 
 
 # --------------------------------------------------------------------------------- the definition
@@ -347,6 +350,19 @@ class PagePool:
 
 # ------------------------------------------------------------------------------------------ caches
 
+class Shared:
+    """An attribute that a view has in common with its base, to read and to set."""
+
+    def __set_name__(self, owner, name):
+        self.name = f"_{name}"
+
+    def __get__(self, cache, owner):
+        return getattr(cache.base, self.name)
+
+    def __set__(self, cache, value):
+        setattr(cache.base, self.name, value)
+
+
 class Cache:
     """What both caches share: lengths, positions, views of some sequences, reserved room.
 
@@ -355,6 +371,13 @@ class Cache:
     a larger one, so only the base holds it; everything else is updated in place. One call at a
     time.
     """
+    expected = Shared()     # tokens that each sequence will hold, where someone has said so
+    room = Shared()         # (first, count, tokens): these sequences have room for so many more
+    in_call = Shared()      # the sequences (first, count) of a call that has not ended
+    in_decode = Shared()    # inside `decoding`
+    moves = Shared()        # how often a tensor of the cache was replaced by a larger one: where it
+                            # has changed, a CUDA graph must be captured anew
+    most_steps = Shared()   # how many steps one `reserve` can be asked for
 
     def __init__(self, model, batch=1):
         c = model.config
@@ -369,12 +392,12 @@ class Cache:
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.expected = [0] * batch         # tokens a sequence will hold, where someone has said so
-        # (first, count, tokens): these sequences have pages for so many more tokens each.
+        self.expected = [0] * batch
         self.room = (0, batch, 0)
-        self.in_call = None         # the sequences (first, count) of a call that has not ended
-        self.in_decode = False      # inside `decoding`
-        self.moves = 0              # how often a tensor of the cache was replaced by a larger one
+        self.in_call = None
+        self.in_decode = False
+        self.moves = 0
+        self.most_steps = 1024
 
     @property
     def base(self):
@@ -384,10 +407,6 @@ class Cache:
     def num_tokens(self):
         """(B) int64: the tokens that each sequence has. `end` adds to it, `reset` clears it."""
         return self.base.all_num_tokens[self.first:self.first + self.B]
-
-    # How many steps one `reserve` can be asked for. (A CUDA graph is captured anew only where
-    # `moves` has changed.)
-    most_steps = 1024
 
     @property
     def capturable(self):
@@ -409,7 +428,7 @@ class Cache:
         lengths (B): how many of the T are valid, in each sequence; the rest is padding on the
         right.
         """
-        if self.base.in_call:
+        if self.in_call:
             raise RuntimeError("the last call on this cache did not reach its end: some layers "
                                "have its tokens, others do not. reset() the cache.")
         num_tokens = self.num_tokens
@@ -419,26 +438,37 @@ class Cache:
         else:
             self.num_new = lengths.to(num_tokens)
         self.positions = num_tokens[:, None] + torch.arange(T, device=self.device)
-        # Room is made for 64 tokens at least: one page a row, and one sync in 64 decode steps.
-        first, count, room = self.base.room
-        if (first, count) != (self.first, self.B) or room < T:
-            room = max(T, P)
-            self.make_room(room)
-        self.set_room(room - T)
-        self.base.in_call = (self.first, self.B)
+        self.ensure_room(T)
+        self.take_room(T)
+        self.in_call = (self.first, self.B)
         return self.positions
 
     def end(self):
         self.num_tokens.add_(self.num_new)      # in place: a captured step finds it where it was
-        self.base.in_call = None
+        self.in_call = None
+
+    def ensure_room(self, tokens):
+        """Make room for so many more tokens a sequence, if these sequences do not have it.
+
+        For 64 at least: that is one page a row, and one synchronization in 64 decode steps.
+        """
+        first, count, room = self.room
+        if (first, count) != (self.first, self.B) or room < tokens:
+            room = max(tokens, P)
+            self.make_room(room)
+            self.set_room(room)
+
+    def take_room(self, tokens):
+        """Note that a call takes room; of a replayed CUDA graph it must be said."""
+        self.set_room(self.room[2] - tokens)
 
     def set_room(self, tokens):
         """Note that these sequences have room. Others may have lost theirs: all share one pool."""
-        self.base.room = (self.first, self.B, tokens)
+        self.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
         """A hint before long prompts: how many tokens each sequence will hold after it, a list."""
-        self.base.expected[self.first:self.first + self.B] = tokens
+        self.expected[self.first:self.first + self.B] = tokens
 
     @contextlib.contextmanager
     def reserve(self, steps):
@@ -447,7 +477,7 @@ class Cache:
         To ask a GPU for a number the host waits until the GPU's queue has run empty, and then the
         GPU waits for new work. Besides, decode records its step as a CUDA graph. A graph replays
         kernels, not Python: the check for room in `begin` does not run, and the pool must not
-        move under it.
+        move under it. So who replays a graph calls `ensure_room` before and `take_room` after.
         """
         assert steps <= self.most_steps, f"{steps} steps reserved, at most {self.most_steps}"
         self.make_room(steps)
@@ -455,7 +485,7 @@ class Cache:
         try:
             yield
         finally:
-            self.set_room(0)        # replayed steps were not counted: ask anew
+            self.set_room(0)
 
     @contextlib.contextmanager
     def decoding(self):
@@ -463,20 +493,21 @@ class Cache:
 
         Outside it may be a prompt's last chunk, which reads all that the cache holds.
         """
-        self.base.in_decode = True
+        before = self.in_decode
+        self.in_decode = True
         try:
             yield
         finally:
-            self.base.in_decode = False
+            self.in_decode = before
 
     def reset(self):
-        """Forget everything (a view: its sequences)."""
+        """Forget everything (a view: its sequences; a tau that a budget has raised stays risen)."""
         self.num_tokens.zero_()
         self.expect([0] * self.B)
         self.set_room(0)
-        first, count = self.base.in_call or (self.first, 0)
+        first, count = self.in_call or (self.first, 0)
         if self.first <= first and first + count <= self.first + self.B:
-            self.base.in_call = None        # what a broken call left behind goes too
+            self.in_call = None        # what a broken call left behind goes too
         self.forget()
 
     def copy_of_base(self):
@@ -484,6 +515,8 @@ class Cache:
         assert self.view_of is None, "a view cannot be cloned"
         other = copy.copy(self)
         other.expected = list(self.expected)
+        other.room = (0, self.B, 0)
+        other.in_decode = False
         return other
 
     def dense_bytes(self):
@@ -542,8 +575,8 @@ class DenseCache(Cache):
         capacity = base.k[0].shape[2]
         if needed <= capacity:
             return
-        capacity = pages_for(max(needed, *base.expected, capacity + capacity // 4)) * P
-        base.moves += 1
+        capacity = pages_for(max(needed, *self.expected, capacity + capacity // 4)) * P
+        self.moves += 1
         for layers in (base.k, base.v):
             for layer in range(self.L):         # one at a time: nothing else is held twice
                 layers[layer] = F.pad(layers[layer], (0, 0, 0, capacity - layers[layer].shape[2]))
@@ -651,26 +684,32 @@ class DualCache(Cache):
     loop over one page table in decode. A row wastes less than a page at its end (at most 63 tokens,
     17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
     """
+    most_pages = Shared()       # a budget's bound: pages of promoted tokens, of all rows together
+    tau_now = Shared()          # the threshold in force: tau, or higher after an eviction by gate
+    num_evicted = Shared()      # tokens that were evicted
+    num_evictions = Shared()    # how often
 
     def __init__(self, model, admission, batch=1, window=None, tau=None, budget=None,
                  evict_by="gate", select=None):
-        """budget, evict_by and select add the other two primitives (below: eviction, selection).
+        """budget and evict_by turn eviction on, select turns selection on (see their sections).
 
-        budget: the most bytes that `kept_bytes` may reach. evict_by: the score of the tokens that
-        go first, "gate" or "snapkv". select: the most tokens of a row that a step of decode
-        attends to. UserError if budget or select is too small to work.
+        budget: the most bytes that `kept_bytes` may be after a call. evict_by: the score of the
+        tokens that go first, "gate" or "snapkv". select: the most tokens of a row that a step of
+        decode attends to. UserError if budget or select is too small to work.
         """
         super().__init__(model, batch)
         self.admission = admission
         self.window = getattr(admission, "window", 256) if window is None else window
         self.tau = getattr(admission, "tau", 0.1) if tau is None else tau
         assert self.window >= 1, f"a window of {self.window}: every token must see itself"
+        assert self.tau >= 0, f"tau {self.tau}: below 0 are the gates that nothing lets through"
+        assert evict_by in EVICTION_SCORES, f"evict_by {evict_by!r}, not {list(EVICTION_SCORES)}"
         self.R = pages_for(self.window)
 
-        self.most_selected = None       # pages of promoted tokens that decode attends to, in a row
+        self.chosen_pages = None        # pages after the ring that a step of decode attends to
         if select is not None:
-            self.most_selected = select // P - self.R
-            if self.most_selected < 1:
+            self.chosen_pages = select // P - self.R
+            if self.chosen_pages < 1:
                 raise UserError(f"selecting {select} tokens is too few: the window's pages and one "
                                 f"more have {(self.R + 1) * P}")
         self.pool = PagePool(self.D, self.dtype, self.device, bounds=select is not None)
@@ -680,12 +719,12 @@ class DualCache(Cache):
         self.all_counts = torch.zeros(self.L, batch, self.Hkv, dtype=torch.long, device=self.device)
         self.pool.g[self.all_page_table.long()] = -math.inf         # no slot holds a token
 
-        # What it takes to be promoted: tau, or more where a budget has made it rise. On the device
-        # too, where a captured step finds its present value.
+        # On the device too, where a captured step finds its present value.
         self.tau_now = self.tau
         self.tau_on_device = torch.full((1,), self.tau, dtype=torch.float32, device=self.device)
-        self.num_evicted = self.num_evictions = 0       # tokens, and how often some were evicted
-        self.most_pages = None          # of promoted tokens, over all rows
+        self.num_evicted = 0
+        self.num_evictions = 0
+        self.most_pages = None
         self.evict_by = evict_by
         self.queries = None
         if budget is not None:
@@ -694,7 +733,7 @@ class DualCache(Cache):
                 self.queries = torch.zeros(self.L, batch, heads, QUERIES, self.D, dtype=self.dtype,
                                            device=self.device)
                 self.num_queries = torch.zeros(self.L, batch, dtype=torch.long, device=self.device)
-            self.set_budget(budget)
+            self.set_budget(int(budget))
 
     @property
     def page_table(self):
@@ -707,8 +746,9 @@ class DualCache(Cache):
     def forget(self):
         """Promoted tokens' pages go back to the free stack; rings keep theirs, emptied."""
         if self.view_of is None:
-            self.num_evicted = self.num_evictions = 0
-            self.raise_tau(self.tau)
+            self.num_evicted = 0
+            self.num_evictions = 0
+            self.set_tau(self.tau)
         table = self.page_table
         columns = torch.arange(table.shape[3] - self.R, device=self.device)
         used = columns < pages_for(self.counts)[..., None]                  # (L, B, Hkv, M - R)
@@ -746,23 +786,24 @@ class DualCache(Cache):
         extra = pages_for(tokens)
         base = self.base
         wanted = self.L * self.B * self.Hkv * extra
-        if base.most_pages is not None:
+        if self.most_pages is not None:
             wanted = base.within_budget(wanted, self.B * self.Hkv * extra, evict=tokens <= P)
+        # `longest`: the pages of the longest row.
         asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
                  (base.all_num_tokens - self.window).clamp(min=0).sum())
-        num_free, most, promoted, left = torch.stack([n.long() for n in asked]).tolist()
+        num_free, longest, promoted, left = torch.stack([n.long() for n in asked]).tolist()
         if num_free < wanted:
             larger = self.pool_size(wanted, promoted, left)
-            if base.most_pages is not None:         # a budget's pages, and one layer's beyond them
+            if self.most_pages is not None:         # a budget's pages, and one layer's beyond them
                 rings = base.L * base.B * self.Hkv * self.R
-                larger = min(larger, 1 + rings + base.most_pages + self.B * self.Hkv * extra)
+                larger = min(larger, 1 + rings + self.most_pages + self.B * self.Hkv * extra)
             self.pool.grow(max(wanted - num_free, larger - len(self.pool.k)))
-            base.moves += 1
-        columns = self.R + most + extra
+            self.moves += 1
+        columns = self.R + longest + extra
         table = base.all_page_table
         if table.shape[3] < columns:
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
-            base.moves += 1
+            self.moves += 1
 
     def pool_size(self, wanted, promoted, left):
         """The least size, in pages, of a pool that has to grow.
@@ -775,7 +816,7 @@ class DualCache(Cache):
         left: how many tokens have left the windows, over all sequences. Only those count.
         """
         pages = len(self.pool.k)
-        in_the_end = sum(max(0, tokens - self.window) for tokens in self.base.expected)
+        in_the_end = sum(max(0, tokens - self.window) for tokens in self.expected)
         if in_the_end <= left or left == 0:
             return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
@@ -804,6 +845,7 @@ class DualCache(Cache):
                 self.kernels.promote_leaving(
                     self.pool, self.page_table, self.counts, self.num_tokens, self.num_new,
                     self.window, self.base.tau_on_device)
+                # How many tokens a row attends to is known before its pages are chosen.
                 self.plan = self.kernels.plan_decode(self.attended(), self.num_tokens, self.num_new,
                                                      self.R, self.window, P)
             else:
@@ -820,7 +862,7 @@ class DualCache(Cache):
         self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
         leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
         g = self.pool.g.view(-1)[self.slots]                                # (L, B, Hkv, 1)
-        promote_mask = leaving[:, None, None] & (g >= self.base.tau_now)
+        promote_mask = leaving[:, None, None] & (g >= self.tau_now)
         if promote_mask.any():
             tokens = self.pool.read(self.slots)
             self.promote(self.page_table, self.counts, promote_mask, *tokens)
@@ -840,14 +882,14 @@ class DualCache(Cache):
         need = pages_for(after)[..., None]
         fresh = (have <= column) & (column < need)                  # (N, B, Hkv, M - R)
         table[..., self.R:][fresh] = self.pool.take(int(fresh.sum()))
-        before = counts.clone()
+        counts_before = counts.clone()
         counts.copy_(after)
 
         layer, b, h, _ = promote_mask.nonzero().unbind(1)
         n = numbers[promote_mask] - 1                               # the token's number in its list
         slots = table[layer, b, h, self.R + n // P].long() * P + n % P
         self.pool.write(slots, *(x[promote_mask] for x in (k, v, g, pos)))
-        self.bound_pages(table, before, counts)
+        self.bound_pages(table, counts_before, counts)
 
     # ------------------------------------------------------------------------------ in each layer
 
@@ -875,35 +917,39 @@ class DualCache(Cache):
         W = self.window
         table = self.page_table[layer]
         counts = self.counts[layer]
-        before = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)     # (B, W)
-        ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, before))
+        old_pos = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)    # (B, W)
+        ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, old_pos))
         band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
         band_v = torch.cat((ring_v, v), dim=2)
         band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
-        promote_mask = (band_g[:, :, :T] >= self.base.tau_now) & valid      # (B, Hkv, T)
+        promote_mask = (band_g[:, :, :T] >= self.tau_now) & valid      # (B, Hkv, T)
         # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
         # promoted later in this call stand after them in the list; t still has those in its
         # window, and reads them from the band.
         num_old = counts[..., None] + promote_mask.cumsum(-1)
         band_pos = torch.arange(-W, T, device=self.device) + self.num_tokens[:, None]   # (B, W + T)
         if self.kernels:
-            before = counts.clone()
+            counts_before = counts.clone()
             self.kernels.promote(self.pool, table, counts, promote_mask, num_old, band_k, band_v,
                                  band_g, band_pos, self.R)
-            self.bound_pages(table, before, counts)
+            self.bound_pages(table, counts_before, counts)
         else:
             pos = band_pos[:, None, :T].expand_as(promote_mask)
             leaving = (promote_mask, band_k[:, :, :T], band_v[:, :, :T], band_g[:, :, :T], pos)
             self.promote(table[None], counts[None], *(x[None] for x in leaving))
 
         if self.base.evict_over_budget():
-            # What is held after that decides, for this call's own queries too.
+            # The eviction may have taken tokens that were just promoted. So the band's gates now
+            # say what is held (+inf) and what is lost, and `g >= tau` means `held`. num_old counts
+            # the held tokens older than the band, and those of the band up to t. If 100 are held,
+            # 3 of them at band indices 5, 9 and 20: 97 before 5, 98 from 5 on, 99 from 9 on, 100
+            # from 20 on.
             held = self.held_of_band(layer, T)                              # (B, Hkv, T) bool
             band_g[:, :, :T].masked_fill_(promote_mask, REFUSED).masked_fill_(held, math.inf)
             num_old = counts[..., None] - held.sum(-1, keepdim=True) + held.cumsum(-1)
 
-        tau = self.base.tau_now
+        tau = self.tau_now
         if self.kernels:
             y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
                                                table[..., self.R:], num_old, W, tau)
@@ -929,7 +975,7 @@ class DualCache(Cache):
                                   self.window, pool.g, pool.pos, g)
             if self.selects():
                 table = self.kernels.select_pages(q, pool, table, self.counts[layer], self.R,
-                                                  self.most_selected)
+                                                  self.chosen_pages)
             return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
         slots = self.slots[layer]                                           # (B, Hkv, 1)
         pos = self.positions[:, None].expand_as(slots)
@@ -960,8 +1006,8 @@ class DualCache(Cache):
         layer, b, h, column = used.nonzero().unbind(1)
         # The ring holds tokens in its places below min(tokens, W), the rest of the list to its end.
         in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
-        held = torch.where(column < self.R, in_ring, self.R * P + counts[layer, b, h])
-        masked = column[:, None] * P + torch.arange(P, device=self.device) >= held[:, None]
+        end = torch.where(column < self.R, in_ring, self.R * P + counts[layer, b, h])
+        masked = column[:, None] * P + torch.arange(P, device=self.device) >= end[:, None]
         sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
         pages = table[used].long()
         owner = b * self.Hkv + h
@@ -971,38 +1017,48 @@ class DualCache(Cache):
     #
     # Admission bounds nothing: a text in which everything matters keeps everything. With a budget
     # the promoted tokens of all rows together hold at most `most_pages` pages. Before there would
-    # be more, those of lowest score are evicted, down to 90% of the bound, so that it is rare. No
-    # head has a quota: that would undo what gates decided head by head. Two scores:
+    # be more, those of lowest score are evicted. That goes down to 90% of the bound, so it happens
+    # rarely. There are two scores:
     #
-    #     gate      the token's own gate: the budget is then a tau that rises with the text. What is
-    #               left is what admission at the risen tau would have promoted, and it is the tau
-    #               for tokens that leave the ring from then on.
-    #     snapkv    the attention that the last 256 queries give it (arXiv 2404.14469)
+    #     gate      The token's own gate. No head has a quota, which would undo what gates decided.
+    #     snapkv    The attention that the last queries give it (arXiv 2404.14469). Weights add up
+    #               to 1 in each row, so long rows have lower ones, and lose first.
     #
-    # The definition holds with the tokens that are *held* (promoted, not evicted) at i's call:
+    # By gate, eviction is a tau that rises. Let tau' be the lowest gate that stays. All held tokens
+    # have passed an older, lower tau; so what is left is what admission at tau' would have
+    # promoted. There are two exceptions: the first tokens stay as attention sinks, and of tokens
+    # with a gate of exactly tau' only the newest may stay. Tokens that leave the ring later must
+    # reach tau'.
+    #
+    # The definition becomes
     #
     #     visible(i, j)  =  j <= i  and  ( i - j < W  or  held(j) )
     #
-    # If a text is cut into other calls, evictions come at other times. So as soon as something is
-    # evicted, only the same split gives the same result.
+    # where held(j) says that j is in its row's pages when i's layer attends. When evictions come
+    # depends on how a text is split into calls: after the first one, another split gives another
+    # result.
 
     def set_budget(self, budget):
         """Turn a budget in bytes into pages; UserError if it is smaller than what works at all."""
+        assert self.view_of is None, "a budget is one of the whole cache"
         # Two pages a row: one for what is held, one that a row may begin in 64 steps of decode.
         least = self.fixed_bytes() + 2 * self.all_counts.numel() * self.page_bytes()
         if budget < least:
+            queries = "" if self.queries is None else ", SnapKV's queries"
             raise UserError(f"a budget of {budget:,} bytes is too small for this cache: its "
-                            f"windows and two pages a row take {least:,} "
+                            f"windows{queries} and two pages a row take {least:,} "
                             f"({least / 2**20:,.1f} MiB)")
         self.most_pages = (budget - self.fixed_bytes()) // self.page_bytes()
         self.most_steps = P
+        self.evict_over_budget()
 
     def within_budget(self, wanted, wanted_a_layer, evict):
-        """Free pages that a call needs, of the `wanted` in all layers, `wanted_a_layer` in one.
+        """How many free pages a call needs, under a budget.
 
-        evict: make room now, and for the whole call: for decode, whose steps cannot. A prefill
-        evicts after each layer's promotion (`evict_over_budget`), so it never has more than one
-        layer's pages beyond the bound.
+        wanted: if all its tokens were promoted, in all layers; wanted_a_layer: in one. A call of at
+        most P tokens evicts now (evict=True), because captured steps cannot. A longer one evicts
+        after each layer's promotion, so it fills the bound and one layer beyond it at most. With
+        100 pages left below the bound and 32 layers that want 64 each: min(2048, 100 + 64) = 164.
         """
         in_use = int(pages_for(self.all_counts).sum())
         if evict and in_use + wanted > self.most_pages:
@@ -1011,27 +1067,33 @@ class DualCache(Cache):
         return min(wanted, self.most_pages - in_use + wanted_a_layer)
 
     def evict_over_budget(self):
-        """After a promotion: evict if there are too many pages, and say whether that was so."""
+        """After a promotion: evict if there are too many pages, and say whether that was so.
+
+        Under a budget this asks the device once a layer.
+        """
         if self.most_pages is None or int(pages_for(self.all_counts).sum()) <= self.most_pages:
             return False
         self.evict(9 * self.most_pages // 10)
         return True
 
     def evict(self, target):
-        """Let the promoted tokens of lowest score go until all rows have `target` pages at most.
+        """Evict the promoted tokens of lowest score until all rows together use `target` pages.
 
         The first tokens of a text stay, as attention sinks. What is left of a row moves together,
         in order, and pages that become empty return to the pool.
         """
         table = self.all_page_table.flatten(0, 2)                           # (rows, M), a view
         counts = self.all_counts.flatten()                                  # (rows), a view
-        column = torch.arange(table.shape[1] - self.R, device=self.device)
-        row, column = (column < pages_for(counts)[:, None]).nonzero().unbind(1)
+        columns = torch.arange(table.shape[1] - self.R, device=self.device)
+        row, column = (columns < pages_for(counts)[:, None]).nonzero().unbind(1)
+        if len(row) <= target:
+            return
         pages = table[row, self.R + column].long()      # (n): all pages in use, row after row
         held = column[:, None] * P + torch.arange(P, device=self.device) < counts[row][:, None]
         pos = self.pool.pos[pages]                                          # (n, P)
         scores = EVICTION_SCORES[self.evict_by](self, pages, row, held)     # (n, P)
-        scores = scores.masked_fill(pos < SINKS, math.inf).masked_fill(~held, -1)
+        scores = scores.masked_fill(pos < SINKS, math.inf)
+        scores = scores.masked_fill(~held, -1)          # last: positions there are stale
         keep, cut = best_tokens(scores, pos, row, len(counts), target)      # (n, P) bool
 
         left = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
@@ -1045,39 +1107,47 @@ class DualCache(Cache):
         self.num_evictions += 1
         self.num_evicted += int((counts - left).sum())
         counts.copy_(left)
+        # Every full page may have new contents.
         self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
         if self.evict_by == "gate":
-            self.raise_tau(cut)
+            self.set_tau(max(cut, self.tau_now))
 
     def compact(self, table, pages, row, keep, left):
         """Move the tokens to keep (n, P) of each row together, in order. Twin: kernels.compact.
 
         pages, row (n): the pages in use and their rows, row after row; left (rows): tokens to keep.
         """
-        # Token number n of a row goes to place n of its list. It was there, or further on.
+        # Token number n of a row goes to place n of its list. It was there, or further on. If two
+        # rows keep 3 and 2 tokens: 0 1 2 3 4, less those of earlier rows, 0 0 0 3 3, is 0 1 2 0 1.
         owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
         number = torch.arange(len(owner), device=self.device) - (left.cumsum(0) - left)[owner]
         source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
         place = table[owner, self.R + number // P].long() * P + number % P
         self.pool.write(place, *self.pool.read(source))
 
-    def raise_tau(self, tau):
+    def set_tau(self, tau):
         self.tau_now = tau
         self.tau_on_device.fill_(tau)
 
     def held_of_band(self, layer, T):
-        """(B, Hkv, T) bool: which of the band's first T tokens are in their row's pages."""
+        """(B, Hkv, T) bool: which of the band's first T tokens are in their row's pages.
+
+        With 500 tokens before the call and W = 100, position 437 has band index 37.
+        """
         slots = torch.arange((self.page_table.shape[3] - self.R) * P, device=self.device)
         pages = self.page_table[layer, ..., self.R:].long()
         pos = self.pool.pos[pages].flatten(2)                               # (B, Hkv, (M - R) P)
-        index = pos - (self.num_tokens - self.window)[:, None, None]        # in the band
+        index = pos - (self.num_tokens - self.window)[:, None, None]
         in_band = (slots < self.counts[layer][..., None]) & (index >= 0) & (index < T)
-        index = index.masked_fill(~in_band, T)                  # the others: into a column too many
+        index = index.masked_fill(~in_band, T)          # index T is a spare column, cut off below
         held = torch.zeros(self.B, self.Hkv, T + 1, dtype=torch.bool, device=self.device)
         return held.scatter_(2, index.long(), True)[..., :T]
 
     def record_queries(self, layer, q):
-        """Keep each sequence's last QUERIES rotated queries, position p in place p mod QUERIES."""
+        """Keep each sequence's last QUERIES rotated queries, position p in place p mod QUERIES.
+
+        If 3 of T = 5 are valid: n = 5, index -2 -1 0 1 2, and the first two write what was there.
+        """
         n = min(q.shape[2], QUERIES)
         index = self.num_new[:, None] - n + torch.arange(n, device=self.device)         # (B, n)
         place = (self.num_tokens[:, None] + index) % QUERIES
@@ -1102,7 +1172,7 @@ class DualCache(Cache):
 
     def selects(self):
         """Does this call select?"""
-        return self.most_selected is not None and self.base.in_decode
+        return self.chosen_pages is not None and self.in_decode
 
     def attended(self):
         """(L, B, Hkv): how many promoted tokens of each row a step of decode attends to.
@@ -1112,8 +1182,8 @@ class DualCache(Cache):
         """
         if not self.selects():
             return self.counts
-        in_last_page = (self.counts - 1) % P + 1
-        return self.counts.minimum((self.most_selected - 1) * P + in_last_page)
+        in_last_page = (self.counts - 1) % P + 1        # 64 for an empty row: the minimum is 0
+        return self.counts.minimum((self.chosen_pages - 1) * P + in_last_page)
 
     def select_pages(self, layer, q):
         """One query a head (B, Hq, 1, D) -> page table (B, Hkv, R + pages) of what it attends to.
@@ -1131,16 +1201,16 @@ class DualCache(Cache):
         column = torch.arange(pages.shape[2], device=self.device)
         partial = (column == counts // P) & (counts % P > 0)
         bounds = bounds.masked_fill(column >= counts // P, -math.inf)
-        bounds = bounds.masked_fill(partial, math.inf)
-        best = bounds.argsort(dim=-1, descending=True, stable=True)[..., :self.most_selected]
+        bounds = bounds.masked_fill(partial, math.inf)      # no bound yet: it always goes along
+        best = bounds.argsort(dim=-1, descending=True, stable=True)[..., :self.chosen_pages]
         return torch.cat((table[..., :self.R], table.gather(2, self.R + best.sort().values)), dim=2)
 
     def bound_pages(self, table, before, after):
-        """Compute the bounds of pages that became full as their rows' counts went from `before` on.
+        """Compute the bounds of pages that became full when counts went from `before` to `after`.
 
         table (..., M), before and after (...). Nothing to do without selection.
         """
-        if self.most_selected is None:
+        if self.chosen_pages is None:
             return
         if self.kernels:
             self.kernels.bound_pages(self.pool, table, before, after, self.R)
@@ -1225,7 +1295,7 @@ class DualCache(Cache):
 
         self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
         if tau_now > self.tau_on_device.item():
-            self.raise_tau(tau_now)
+            self.set_tau(tau_now)
         self.num_evicted, self.num_evictions = evicted
         self.evict_over_budget()
 
@@ -1279,7 +1349,7 @@ class DualCache(Cache):
     def page_bytes(self):
         """Bytes of a page: K, V, gate and position of each slot, its bounds, its table entry."""
         key = self.D * self.dtype.itemsize
-        bounds = 0 if self.most_selected is None else 2 * key
+        bounds = 0 if self.chosen_pages is None else 2 * key
         return P * (2 * key + 8) + bounds + 4
 
     def fixed_bytes(self):
@@ -1305,19 +1375,14 @@ class DualCache(Cache):
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
         slots = self.ring_slots(self.page_table[:, sequence:sequence + 1], recent[None])
         out[:, :, max(0, S - self.window):] = \
-            (self.pool.g.view(-1)[slots[:, 0]] >= self.base.tau_now).cpu()
+            (self.pool.g.view(-1)[slots[:, 0]] >= self.tau_now).cpu()
         for layer in range(self.L):
             for h in range(self.Hkv):
                 out[layer, h, self.row(self.pool.pos, layer, sequence, h).long().cpu()] = True
         return out
 
 
-# ---- eviction: scores, and the choice by them (skip at first reading)
-
-SINKS = 4           # the first tokens of a text, never evicted
-QUERIES = 256       # the last queries by which SnapKV judges
-REFUSED = -1.0      # a gate that no tau lets through; -inf would say that there is no token
-
+# ------------------------------------------------ eviction: scores, choice (skip at first reading)
 
 def gate_scores(cache, pages, row, held):
     """The gates (n, P) of promoted tokens."""
@@ -1328,15 +1393,20 @@ def snapkv_scores(cache, pages, row, held):
     """The attention (n, P) that the last queries give to promoted tokens.
 
     pages (n), row (n) and held (n, P) bool: all pages in use, their rows, and their slots that hold
-    a token. For each of the last QUERIES queries a softmax over the row's promoted keys alone; of
-    the G queries of a group the largest weight; the mean over the queries; the largest of 5
-    neighbors in the row.
+    a token. Four steps:
+
+        1. for each of the last min(W, QUERIES) queries: a softmax over the row's promoted keys
+        2. over the G queries of a group: the maximum
+        3. over the queries: the mean
+        4. over 5 neighbors in the row: the maximum
+
+    Of those queries each key in pages is older: it has left the window.
     """
     table = cache.all_page_table.flatten(0, 2)
     counts = cache.all_counts.flatten()
-    num_queries = cache.num_queries.clamp(max=QUERIES)                      # (L, B)
     score = cache.kernels.query_attention if cache.kernels else query_attention
-    weights = score(cache.queries, num_queries, cache.pool.k, table, counts, pages, row, cache.R)
+    weights = score(cache.queries, cache.num_queries, min(cache.window, QUERIES), cache.pool.k,
+                    table, counts, pages, row, cache.R)
     weights = F.pad(weights.masked_fill(~held, 0).flatten(), (2, 2))        # (n P + 4)
     owner = F.pad(row.repeat_interleave(P), (2, 2), value=-1)
     largest_near = torch.zeros_like(weights[4:])
@@ -1347,11 +1417,12 @@ def snapkv_scores(cache, pages, row, held):
     return largest_near.view(-1, P)
 
 
-def query_attention(queries, num_queries, page_k, table, counts, pages, row, R):
-    """Mean over queries of the largest weight in a group, before the neighbors: (n, P) fp32.
+def query_attention(queries, num_queries, newest, page_k, table, counts, pages, row, R):
+    """Steps 1 to 3 of snapkv_scores: (n, P) fp32.
 
-    queries (L, B, Hq, QUERIES, D), of which num_queries (L, B) count; page_k (N, P, D); table
-    (rows, M) and counts (rows) of all rows. Twin: kernels.query_attention.
+    queries (L, B, Hq, QUERIES, D), of num_queries (L, B) that were recorded; the `newest` of them
+    count. page_k (N, P, D); table (rows, M) and counts (rows) of all rows. Twin:
+    kernels.query_attention.
     """
     L, B, Hq, _, D = queries.shape
     Hkv = len(counts) // (L * B)
@@ -1361,7 +1432,9 @@ def query_attention(queries, num_queries, page_k, table, counts, pages, row, R):
     for r, count in enumerate(counts.tolist()):
         stop = start + pages_for(count)
         if count > 0:
-            q = queries[r, :, :int(num_queries.flatten()[r // Hkv])]        # (G, n, D)
+            end = int(num_queries.flatten()[r // Hkv])
+            recent = torch.arange(max(0, end - newest), end, device=pages.device) % QUERIES
+            q = queries[r, :, recent]                                       # (G, n, D)
             k = page_k[pages[start:stop]].flatten(0, 1)[:count]             # (count, D)
             weights = (q @ k.T).float().div_(math.sqrt(D)).softmax(dim=-1)
             scores[start:stop].view(-1)[:count] = weights.amax(dim=0).mean(dim=0)
@@ -1384,24 +1457,25 @@ def best_tokens(scores, pos, row, rows, target):
         counts.index_add_(0, row, keep.sum(dim=1, dtype=torch.int32))
         return pages_for(counts).sum() > target
 
-    # Numbers from 0 on are in the order of their bits.
+    # The bits of floats from 0 on, read as int32, are ordered like the floats.
     bits = scores.view(torch.int32)
-    highest = largest(lambda c: too_many(bits >= c), row.device)    # the highest score to lose any
-    better = bits > highest
-    tied = bits == highest
-    if tied.sum() == 1:                 # as almost always: it goes alone
+    # The highest score of which at least one token must go.
+    threshold = largest(lambda c: too_many(bits >= c), row.device)
+    better = bits > threshold
+    tied = bits == threshold
+    if tied.sum() == 1:                 # as almost always: it goes, and no search by position
         tied = torch.zeros_like(tied)
     else:
-        newest = largest(lambda c: too_many(better | tied & (pos >= c)), row.device)
-        tied &= pos > newest
-    cut = torch.where(tied.any(), highest, highest + 1)
+        oldest = largest(lambda c: too_many(better | (tied & (pos >= c))), row.device)
+        tied = tied & (pos > oldest)
+    cut = torch.where(tied.any(), threshold, threshold + 1)         # + 1: the next float up
     return better | tied, cut.view(torch.float32).item()
 
 
 def largest(holds, device):
     """The largest c of 31 bits for which holds(c), which is true of 0 and false from some c on.
 
-    Bit by bit from the top: 31 questions, and the host waits for none of the answers.
+    Bit by bit from the top, without asking the device: if it holds up to 5, bits 4 and 1 are set.
     """
     c = torch.zeros((), dtype=torch.int32, device=device)
     for bit in range(30, -1, -1):

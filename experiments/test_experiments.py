@@ -211,14 +211,14 @@ def test_a_bound_is_what_was_asked_for(evict_by, batch, tiny):
     for tokens, pages in ((192, 2), (256, 2), (384, 4), (2048, 30)):    # the window takes two more
         kv = policies.Limited(everything, tokens, evict_by).make_cache(model, batch)
         assert kv.most_pages == pages * 8 * batch * 4
-        assert (kv.evict_by, kv.most_selected) == (evict_by, None)
+        assert (kv.evict_by, kv.chosen_pages) == (evict_by, None)
 
     kv = policies.Limited(everything, 256, evict_by).make_cache(model, batch)
     prefill(model, kv, [text.encode(STORY)[:600]] * batch)
     assert 0 < int(pages_for(kv.counts).sum()) <= kv.most_pages
     assert kv.num_evictions > 0
     kv = policies.Limited(everything, select=256).make_cache(model, batch)
-    assert (kv.most_pages, kv.most_selected) == (None, 2)
+    assert (kv.most_pages, kv.chosen_pages) == (None, 2)
 
 
 def test_a_selection_cuts_the_longest_row_alone(tiny):
