@@ -744,6 +744,7 @@ class Session:
         """Write --save-cache: the cache, and where the conversation stands."""
         notes = dict(replies=self.replies, last=self.last, chat=self.args.chat)
         self.kv.save(self.args.save_cache, self.model, [self.ids], notes)
+        say(f"{self.args.save_cache} written: the cache of {len(self.ids):,} tokens")
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
