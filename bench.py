@@ -42,15 +42,15 @@ from pathlib import Path
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
 from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, model_options,
-                    peak_bytes, pick_device, progress, read_json, read_text, real, run_program, say,
-                    whole, write_text)
+                    peak_bytes, pick_device, process_group, progress, rank_and_processes, read_json,
+                    read_text, real, run_program, say, whole, write_text)
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generate import Text, decode, load_model, make_admission, prefill
-from model import Config, Llama, check_memory
+from model import Config, Llama, check_memory, share_config
 from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second
@@ -59,6 +59,12 @@ SHAPES = {                  # of --shape
     "llama-3.1-8b": Config(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        max_positions=131072, rope_theta=5e5, tied=False,
+        rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                  original_max_position_embeddings=8192)),
+    "llama-3.1-70b": Config(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+        num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
         max_positions=131072, rope_theta=5e5, tied=False,
         rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                   original_max_position_embeddings=8192)),
@@ -210,9 +216,9 @@ def bytes_a_step(model, kv):
 
 @torch.no_grad()
 def random_model(shape, device, dtype):
-    """A model of a named shape with random weights."""
+    """A model of a named shape with random weights; of several processes each has its part."""
     with torch.device("meta"):
-        model = Llama(SHAPES[shape]).to(dtype)
+        model = Llama(share_config(SHAPES[shape], *rank_and_processes())).to(dtype)
     check_memory(sum(p.nbytes for p in model.parameters()), device, dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
     for p in model.parameters():
@@ -848,13 +854,19 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.plot:
         return plot()
+    with process_group(args):
+        return measure(args)
+
+
+def measure(args):
+    """Run the benches that the options ask for."""
     device = pick_device(args.device)
     check_options(args, device)
     torch.manual_seed(args.seed)
     if args.shape:
         model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"])
     else:
-        model = load_model(args)
+        model = load_model(args, split=True)
     if args.admit == "gates" and ("prefill" in args.what or "decode" in args.what):
         args.window = admission_policy(model, args).window
     args.peaks = measure_peaks(device)
@@ -868,7 +880,8 @@ def main(argv=None):
         results[name] = []
         for row in run(name, model, args):
             results[name].append(row)
-            if args.json:                   # after each row: what is measured is not lost
+            # After each row: what is measured is not lost.
+            if args.json and rank_and_processes()[0] == 0:
                 write_text(args.json, json.dumps(results, indent=1) + "\n")
     return 0
 

@@ -32,6 +32,7 @@ if Path(sys.argv[0]).resolve().parent == HERE:      # a program that imports us 
     sys.excepthook = end_quietly
 
 import torch                    # takes seconds, like all that builds on it: so the hook comes first
+import torch.distributed as dist
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +106,8 @@ def run_program(main, argv=None):
         if not is_out_of_memory(e):
             raise
         message = f"out of memory, a smaller --chunk or --dtype may help: {reason(e)}"
-    say(f"{name}: {one_line(message)}")
+    if torchrun_processes() == 1 or os.environ.get("RANK", "0") == "0":      # the others found the same
+        say(f"{name}: {one_line(message)}")
     return 2
 
 
@@ -356,3 +358,44 @@ def free_bytes(device):
                 if line.startswith("MemAvailable"):
                     return int(line.split()[1]) * 1024
     return None
+
+
+# ------------------------------------------------------------------------------- several processes
+
+def torchrun_processes():
+    """How many processes torchrun started; 1 without it, also where a cluster sets WORLD_SIZE."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+@contextlib.contextmanager
+def process_group(args):
+    """Join the processes that torchrun started, if it did. Only the first one prints anything."""
+    if torchrun_processes() == 1:
+        yield
+        return
+    if torch.cuda.is_available() and args.device is None:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_gpu = (args.device or "cpu").startswith("cuda")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(None))
+                stack.enter_context(contextlib.redirect_stderr(None))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_processes():
+    """(this process's number, how many there are) of those that torchrun started; else (0, 1)."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def total(x, processes):
+    """The tensor x summed over processes, in place; x itself if there is only one."""
+    if processes > 1:
+        dist.all_reduce(x)
+    return x

@@ -11,6 +11,7 @@ import pickle
 import re
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from common import UserError, check_number, check_regular, quoted, reading, replacing, say
@@ -25,6 +26,12 @@ PAGES_AT_ONCE = 1024        # of a cache file's keys and values, checked and cop
 
 def gate_shape(model):
     """What gates must share with a model: (layers, KV heads, head dim)."""
+    c = model.config
+    return c.num_layers, c.num_kv_heads * c.processes, c.head_dim
+
+
+def own_shape(model):
+    """The same for the KV heads that this process has."""
     c = model.config
     return c.num_layers, c.num_kv_heads, c.head_dim
 
@@ -124,10 +131,16 @@ def fill_gates(make, path, model, settings, shapes, read):
             raise UserError(f"{path}: {name} has shape {quoted(shapes[name])}, "
                             f"not {tuple(p.shape)}")
 
+    with torch.device("meta"):
+        gates = make(*own_shape(model), **settings)
     gates.to_empty(device=model.device)
+    first = model.config.rank * model.config.num_kv_heads
     for name, p in gates.named_parameters():
         with reading(path):
-            p.copy_(read(name))
+            data = read(name)
+        if not name.endswith("_norm"):              # one for each head
+            data = data[first:first + len(p)]
+        p.copy_(data)
         check_finite(path, name, p)
     return gates.eval().requires_grad_(False)
 
@@ -206,9 +219,14 @@ def fingerprint(model):
     """
     c = model.config
     kv_rows = 2 * c.num_kv_heads * c.head_dim                       # k_proj and v_proj
-    sample = model.layers[0].qkv.weight[-kv_rows::7, ::5].to("cpu", torch.bfloat16)
-    sizes = (c.model_type, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim,
-             c.vocab_size)
+    weight = model.layers[0].qkv.weight[-kv_rows:]
+    if c.processes > 1:                             # all of k_proj, and then all of v_proj
+        parts = [torch.empty_like(weight) for _ in range(c.processes)]
+        dist.all_gather(parts, weight.contiguous())
+        weight = torch.cat([part.chunk(2)[n] for n in (0, 1) for part in parts])
+    sample = weight[::7, ::5].to("cpu", torch.bfloat16)
+    sizes = (c.model_type, c.num_layers, c.hidden_size, c.num_heads * c.processes,
+             c.num_kv_heads * c.processes, c.head_dim, c.vocab_size)
     # Through Python numbers: without numpy, bf16 has no bytes that hashlib takes.
     text = repr((sizes, sample.flatten()[:4096].tolist()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -31,10 +31,11 @@ from pathlib import Path
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
 from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
                     drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    quoted, read_json, read_text, reading, real, run_program, say, whole,
-                    write_text)
+                    process_group, quoted, rank_and_processes, read_json, read_text, reading, real,
+                    run_program, say, total, whole, write_text)
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer
 
@@ -416,7 +417,13 @@ class DecodeStep:
         these = slice(first, first + len(hidden))
         self.logits[these] = self.model.logits(hidden)
         self.token[these] = self.choose(self.logits[these])
+        self.agree()
         self.alive[these] = self.no_end()[these]
+
+    def agree(self):
+        """Of several processes all take the first one's ids, whatever the last bits of logits."""
+        if self.model.config.processes > 1:
+            dist.broadcast(self.token, 0)
 
     def no_end(self):
         """Which of the current ids are no end tokens: (B,) bool."""
@@ -457,6 +464,7 @@ class DecodeStep:
     def pick(self):
         """Choose the next ids."""
         self.token.copy_(self.choose(self.logits))
+        self.agree()
         self.alive.logical_and_(self.no_end())
 
 
@@ -684,7 +692,7 @@ class Session:
         if not args.load_cache:
             self.prompts = [self.encode(text) for text in texts]
 
-        self.model = load_model(args)
+        self.model = load_model(args, split=True)
         self.gates = None
         batch = max(1, min(len(texts), args.batch or len(texts)))
         if args.dense:
@@ -802,7 +810,7 @@ class Session:
         self.done[name] = dict(prompt=name, answer=answer, prompt_tokens=prompt_tokens,
                                new_tokens=len(ids), kept_bytes=kept, dense_bytes=dense,
                                model=self.args.model)
-        if self.args.jsonl:
+        if self.args.jsonl and self.model.config.rank == 0:
             with open(self.args.jsonl, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.done[name]) + "\n")
 
@@ -853,12 +861,21 @@ class Session:
 
     def figures(self):
         """What --json prints."""
-        kept = self.kept or self.kv.kept_bytes()
-        dense = self.dense or self.kv.dense_bytes()
+        processes = self.model.config.processes
+        evicted = self.kv.num_evicted if self.args.budget is not None else 0
+        counts = torch.tensor([self.kept or self.kv.kept_bytes(),
+                               self.dense or self.kv.dense_bytes(), evicted],
+                              device=self.model.device)
+        own = int(counts[0])
+        kept, dense, evicted = total(counts, processes).tolist()
         evictions = {}
         if self.args.budget is not None:
-            evictions = dict(evicted_tokens=self.kv.num_evicted, evictions=self.kv.num_evictions,
+            evictions = dict(evicted_tokens=evicted, evictions=self.kv.num_evictions,
                              final_tau=self.kv.tau_now)
+        if processes > 1:
+            heaviest = torch.tensor(own, device=self.model.device)
+            dist.all_reduce(heaviest, dist.ReduceOp.MAX)
+            evictions.update(processes=processes, heaviest_kept_bytes=int(heaviest))
         return dict(
             prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
             first_use_s=round(self.first_use_s, 4), prefill_s=round(self.prefill_s, 4),
@@ -881,10 +898,14 @@ class Session:
             f"({self.new_tokens} tokens)")
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
+        if "processes" in f:
+            heaviest = f["heaviest_kept_bytes"] / (f["kept_bytes"] / f["processes"])
+            say(f"         ({f['processes']} processes; the heaviest keeps {heaviest:.2f} times "
+                "the mean)")
         if f["kept_share"] > 1:
             say("         (more than dense: whole pages and tables cost more than was refused)")
         if self.args.budget is not None:
-            say(f"evicted  {self.kv.num_evicted:8,} tokens of all heads   (evictions: "
+            say(f"evicted  {f['evicted_tokens']:8,} tokens of all heads   (evictions: "
                 f"{self.kv.num_evictions}; tau is now {self.kv.tau_now:.3g})")
         say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
         if self.args.json:
@@ -1113,10 +1134,14 @@ def refuse_clashes(args):
             check_writable(path)
 
 
-def load_model(args):
-    """The Llama that --model, --device and --dtype ask for."""
+def load_model(args, split=False):
+    """The Llama that --model, --device and --dtype ask for.
+
+    split: of several processes that torchrun started, each has its part of the heads.
+    """
     device = pick_device(args.device)
-    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype))
+    share = rank_and_processes() if split else (0, 1)
+    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype), *share)
 
 
 def make_admission(args, model):
@@ -1134,7 +1159,8 @@ def make_admission(args, model):
             say(f"{file}: an official checkpoint names no window and no tau: they are the paper's "
                 f"(window {gates.window}, tau {gates.tau})")
     if args.admit != "gates":
-        policy = RandomAdmission(args.admit, args.seed)
+        c = model.config
+        policy = RandomAdmission(args.admit, args.seed, first_head=c.rank * c.num_kv_heads)
         if gates is not None:
             policy.window = gates.window
             policy.tau = gates.tau
@@ -1153,6 +1179,14 @@ def main(argv=None):
         sys.stdin = open(os.devnull)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")    # a terminal may not know every character
+    with process_group(args):
+        return run(args)
+
+
+def run(args):
+    """Answer what the options ask for, and report; returns the exit status."""
+    if rank_and_processes()[1] > 1:
+        refuse_several_processes(args)
     session = Session(args)
     status = 0
     try:
@@ -1164,6 +1198,15 @@ def main(argv=None):
         drop_stdout()
     session.report()
     return status
+
+
+def refuse_several_processes(args):
+    """UserError for options that only one process can do."""
+    for name in ("interactive", "show_kept", "save_cache", "load_cache"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} goes with one process, not with several")
+    if "-" in (args.prompt or []):
+        raise UserError("--prompt - goes with one process: several cannot share standard input")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from common import (DTYPES, UserError, check_number, check_regular, free_bytes, one_line, quoted,
-                    read_json, reading, say)
+                    read_json, reading, say, total)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,25 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     dtype: torch.dtype | None = None            # what the folder says its weights are
+    # Several processes may share a model: each has its part of the heads and of the MLP, and the
+    # numbers above are those of the part.
+    rank: int = 0
+    processes: int = 1
+
+
+def share_config(config, rank, processes):
+    """The Config of the part that process `rank` of so many has; UserError if heads do not divide.
+
+    KV heads, with the query heads that read them, are dealt out: attention then needs no exchange,
+    and a layer two sums over processes, after `out` and after `down`.
+    """
+    c = config
+    if c.num_kv_heads % processes or c.intermediate_size % processes:
+        raise UserError(f"{c.num_kv_heads} KV heads and an MLP of {c.intermediate_size} cannot be "
+                        f"divided among {processes} processes: start as many as divide both")
+    return replace(c, num_heads=c.num_heads // processes, num_kv_heads=c.num_kv_heads // processes,
+                   intermediate_size=c.intermediate_size // processes, rank=rank,
+                   processes=processes)
 
 
 # ------------------------------------------------------------------------------------------- RoPE
@@ -223,6 +242,7 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+        self.processes = c.processes
         q_size = c.num_heads * c.head_dim
         kv_size = c.num_kv_heads * c.head_dim
         self.attn_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
@@ -251,11 +271,11 @@ class Block(nn.Module):
         k = self.k_norm(k)
         y = kv.attend(layer, q, k, v, cos, sin)                     # (B, Hq, T, D)
         y = y.transpose(1, 2).reshape(B, T, Hq * D)                 # heads side by side
-        y = self.out(y)                                             # (B, T, hidden_size)
+        y = total(self.out(y), self.processes)                      # (B, T, hidden_size)
 
         x, y = add_norm(x, y, self.mlp_norm)
         y = silu_product(self.gate_up(y))                           # (B, T, intermediate_size)
-        return x, self.down(y)
+        return x, total(self.down(y), self.processes)
 
 
 class Llama(nn.Module):
@@ -317,8 +337,10 @@ class Llama(nn.Module):
         return self.embed.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None, rank=0, processes=1):
         """The model in a local folder, or of a hub name such as "meta-llama/Llama-3.2-1B".
+
+        rank, processes: take only the part that this process has, of so many (see share_config).
 
         dtype: a torch dtype, else the config's, else the tensors' own. On a CPU the default is
         fp32, where half precision is slow or absent. Every tensor must be used and every parameter
@@ -337,6 +359,9 @@ class Llama(nn.Module):
             model = cls(config)
         check_files(model, files, folder)
         dtype = dtype or pick_dtype(config, files, device)
+        if processes > 1:
+            with torch.device("meta"):
+                model = cls(share_config(config, rank, processes))
         model = model.to(dtype)
         check_memory(sum(p.nbytes for p in model.parameters()), device, dtype)
 
@@ -521,9 +546,13 @@ class StoredTensor:
             self.shape = tuple(header.get_shape())
             self.dtype = header.get_dtype()             # "BF16" and the like
 
-    def read(self):
+    def read(self, axis=None, part=slice(None)):
+        """The tensor; or only a part of its rows (axis 0) or columns (axis 1)."""
         with reading(self.path):
-            return self.file.get_tensor(self.name)
+            if axis is None:
+                return self.file.get_tensor(self.name)
+            view = self.file.get_slice(self.name)
+            return view[part] if axis == 0 else view[:, part]
 
 
 def find_tensors(folder):
@@ -660,12 +689,25 @@ def check_memory(needed, device, dtype):
 
 @torch.no_grad()
 def fill(model, files):
-    """Copy every tensor into its rows. One at a time: the model is never in memory twice."""
+    """Copy every tensor into its rows. One at a time: the model is never in memory twice.
+
+    Of several processes each reads its own part: rows of what makes heads and the MLP's inner
+    numbers, columns of what takes them. What `out` and `down` add at the end is added once.
+    """
+    c = model.config
+    axes = {"qkv.weight": 0, "qkv.bias": 0, "gate_up.weight": 0, "gate_up.bias": 0,
+            "out.weight": 1, "down.weight": 1}
     params = dict(model.named_parameters())
-    for name, (ours, start, stop) in checkpoint_names(model.config).items():
+    for name, (ours, start, stop) in checkpoint_names(c).items():
         rows = params[ours][start:stop]
-        rows.copy_(files[name].read())          # converts to the parameter's device and dtype
+        kind = ".".join(ours.split(".")[-2:])
+        axis = axes.get(kind) if c.processes > 1 else None
+        size = 1 if axis is None else files[name].shape[axis] // c.processes
+        data = files[name].read(axis, slice(c.rank * size, (c.rank + 1) * size))
+        rows.copy_(data)                        # converts to the parameter's device and dtype
         check_finite(files[name].path, files[name].name, rows)
+        if kind in ("out.bias", "down.bias") and c.rank > 0:
+            rows.zero_()
 
 
 def check_finite(path, name, tensor):

@@ -1637,6 +1637,46 @@ def test_read_once_ask_often(options, capsys, monkeypatch, tmp_path, prompt):
         assert status == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options, words", [
+    ("", "heaviest keeps"), ("--admit 0.4 --dtype bfloat16", ""), ("--dense", ""),
+    ("--budget 2.5MiB --admit 0.7 --select 512", "evictions: "),
+    ("--budget 4.6MiB --admit 0.7 --evict snapkv", "evictions: ")])
+def test_two_processes_share_a_model(options, words, capsys, tmp_path):
+    """torchrun, split by KV head: the tokens of one process, one report, one budget for both."""
+    file = tmp_path / "x.txt"
+    file.write_text(STORY[-4000:])
+    argv = ["--prompt", str(file), "--max-new-tokens", "12", "--device", "cpu", "--json",
+            *options.split()]
+    alone = answer(capsys, *argv)
+    run = torchrun(2, "generate.py", argv)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == alone and words in run.stderr
+    figures = [json.loads(line) for line in run.stderr.splitlines() if line.startswith("{")]
+    assert len(figures) == 1 and figures[0]["processes"] == 2
+    if "--budget" in options:
+        budget = float(options.split()[1].removesuffix("MiB")) * 2**20
+        assert figures[0]["kept_bytes"] <= budget and figures[0]["evictions"] > 0
+
+
+@pytest.mark.parametrize("processes, options, words", [
+    (3, "", "4 KV heads and an MLP of 704 cannot be divided among 3 processes"),
+    (2, "--interactive", "--interactive goes with one process"),
+    (2, "--prompt -", "--prompt - goes with one process"),
+    (2, "--save-cache x", "--save-cache goes with one process")])
+def test_what_processes_cannot_share(processes, options, words, tmp_path):
+    """A split that does not work is refused in a line, and by the first process alone."""
+    run = torchrun(processes, "generate.py", [*options.split(), "--device", "cpu"], tmp_path)
+    assert run.returncode != 0 and run.stdout == ""
+    assert run.stderr.count(words) == 1
+
+
+def torchrun(processes, program, argv, folder=None):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               str(HERE / program), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
 def test_a_line_that_is_not_utf_8_is_left_out(capsys, monkeypatch, prompt):
     """A byte from another keyboard must not end a long session with a traceback."""
     read = script(monkeypatch, [[70], [70], [70]])

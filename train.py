@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
-from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options, progress,
-                    quoted, read_text, reading, real, replacing, run_program, say, whole)
+from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options,
+                    process_group, progress, quoted, read_text, reading, real, replacing,
+                    run_program, say, torchrun_processes, whole)
 
 import torch
 import torch.distributed as dist
@@ -579,31 +580,6 @@ def all_reduce(gradients, sums):
     for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
     return dict(zip(sums, numbers.tolist()))
-
-
-def torchrun_processes():
-    """How many processes torchrun started; 1 without it, also where a cluster sets WORLD_SIZE."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
-
-
-@contextlib.contextmanager
-def process_group(args):
-    """Join the processes that torchrun started, if it did. Only the first one prints anything."""
-    if torchrun_processes() == 1:
-        yield
-        return
-    if torch.cuda.is_available() and args.device is None:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    on_gpu = (args.device or "cpu").startswith("cuda")
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        with contextlib.ExitStack() as stack:
-            if dist.get_rank() > 0:
-                stack.enter_context(contextlib.redirect_stdout(None))
-                stack.enter_context(contextlib.redirect_stderr(None))
-            yield
-    finally:
-        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------- the files of a run

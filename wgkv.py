@@ -52,7 +52,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 import files
-from common import UserError
+from common import UserError, total
 from model import attention, kernels_for, rotate
 
 P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
@@ -206,7 +206,7 @@ class Gates(nn.Module):
     @classmethod
     def for_model(cls, model, **settings):
         """New gates that fit the model."""
-        return cls(*files.gate_shape(model), **settings).to(model.device)
+        return cls(*files.own_shape(model), **settings).to(model.device)
 
     def gate(self, layer, k, k_rotated, positions):
         """Keys of new tokens in, their gates (B, Hkv, T) fp32 out.
@@ -239,9 +239,10 @@ class RandomAdmission:
     alone, so any split of a text into calls admits the same ones.
     """
 
-    def __init__(self, share, seed=0):
+    def __init__(self, share, seed=0, first_head=0):
         self.share = share
         self.seed = seed
+        self.first_head = first_head        # of several processes: the first KV head of this one
 
     def identity(self):
         return f"random {self.share}, seed {self.seed}"
@@ -249,7 +250,7 @@ class RandomAdmission:
     def gate(self, layer, k, k_rotated, positions):
         """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
         B, Hkv, T, _ = k.shape
-        head = torch.arange(Hkv, device=k.device)[:, None]                  # (Hkv, 1)
+        head = self.first_head + torch.arange(Hkv, device=k.device)[:, None]        # (Hkv, 1)
         stream = head + 131 * layer + 65537 * (self.seed % 2**32)           # (Hkv, 1)
         # The product may wrap around; only the low 32 bits are used.
         x = positions[:, None, :] + stream * 0x9E3779B1                     # (B or 1, Hkv, T)
@@ -384,6 +385,8 @@ class Cache:
         self.L = c.num_layers
         self.Hkv = c.num_kv_heads
         self.D = c.head_dim
+        # Processes that share the model's KV heads: a budget is one for all of them together.
+        self.processes = getattr(c, "processes", 1)
         self.device = model.device
         self.dtype = model.dtype
         # None if there are no kernels for this device or head dim.
@@ -1042,13 +1045,15 @@ class DualCache(Cache):
         """Turn a budget in bytes into pages; UserError if it is smaller than what works at all."""
         assert self.view_of is None, "a budget is one of the whole cache"
         # Two pages a row: one for what is held, one that a row may begin in 64 steps of decode.
-        least = self.fixed_bytes() + 2 * self.all_counts.numel() * self.page_bytes()
+        fixed, rows = total(torch.tensor([self.fixed_bytes(), self.all_counts.numel()],
+                                         device=self.device), self.processes).tolist()
+        least = fixed + 2 * rows * self.page_bytes()
         if budget < least:
             queries = "" if self.queries is None else ", SnapKV's queries"
             raise UserError(f"a budget of {budget:,} bytes is too small for this cache: its "
                             f"windows{queries} and two pages a row take {least:,} "
                             f"({least / 2**20:,.1f} MiB)")
-        self.most_pages = (budget - self.fixed_bytes()) // self.page_bytes()
+        self.most_pages = (budget - fixed) // self.page_bytes()
         self.most_steps = P
         self.evict_over_budget()
 
@@ -1060,18 +1065,22 @@ class DualCache(Cache):
         after each layer's promotion, so it fills the bound and one layer beyond it at most. With
         100 pages left below the bound and 32 layers that want 64 each: min(2048, 100 + 64) = 164.
         """
-        in_use = int(pages_for(self.all_counts).sum())
-        if evict and in_use + wanted > self.most_pages:
-            self.evict(min(9 * self.most_pages // 10, self.most_pages - wanted))
+        in_use = self.pages_in_all_rows()
+        if evict and in_use + wanted * self.processes > self.most_pages:
+            self.evict(min(9 * self.most_pages // 10, self.most_pages - wanted * self.processes))
             return wanted
         return min(wanted, self.most_pages - in_use + wanted_a_layer)
+
+    def pages_in_all_rows(self):
+        """How many pages of promoted tokens there are, in all processes."""
+        return int(total(pages_for(self.all_counts).sum(), self.processes))
 
     def evict_over_budget(self):
         """After a promotion: evict if there are too many pages, and say whether that was so.
 
         Under a budget this asks the device once a layer.
         """
-        if self.most_pages is None or int(pages_for(self.all_counts).sum()) <= self.most_pages:
+        if self.most_pages is None or self.pages_in_all_rows() <= self.most_pages:
             return False
         self.evict(9 * self.most_pages // 10)
         return True
@@ -1086,7 +1095,7 @@ class DualCache(Cache):
         counts = self.all_counts.flatten()                                  # (rows), a view
         columns = torch.arange(table.shape[1] - self.R, device=self.device)
         row, column = (columns < pages_for(counts)[:, None]).nonzero().unbind(1)
-        if len(row) <= target:
+        if self.pages_in_all_rows() <= target:
             return
         pages = table[row, self.R + column].long()      # (n): all pages in use, row after row
         held = column[:, None] * P + torch.arange(P, device=self.device) < counts[row][:, None]
@@ -1094,7 +1103,7 @@ class DualCache(Cache):
         scores = EVICTION_SCORES[self.evict_by](self, pages, row, held)     # (n, P)
         scores = scores.masked_fill(pos < SINKS, math.inf)
         scores = scores.masked_fill(~held, -1)          # last: positions there are stale
-        keep, cut = best_tokens(scores, pos, row, len(counts), target)      # (n, P) bool
+        keep, cut = best_tokens(scores, pos, row, len(counts), target, self.processes)
 
         left = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
         if self.kernels:
@@ -1445,17 +1454,18 @@ def query_attention(queries, num_queries, newest, page_k, table, counts, pages, 
 EVICTION_SCORES = {"gate": gate_scores, "snapkv": snapkv_scores}
 
 
-def best_tokens(scores, pos, row, rows, target):
+def best_tokens(scores, pos, row, rows, target, processes=1):
     """The tokens of highest score whose rows need `target` pages in all, at most.
 
     scores (n, P) fp32, at least 0, or -1 where there is no token; pos (n, P) their positions; row
     (n): the row of each page. Among equal scores the newest stay. Returns (keep (n, P) bool, the
-    least score that is high enough to stay).
+    least score that is high enough to stay). Of several processes each has its own rows, and all
+    find the same score: every answer in the search is a sum over processes.
     """
     def too_many(keep):
         counts = torch.zeros(rows, dtype=torch.int32, device=row.device)
         counts.index_add_(0, row, keep.sum(dim=1, dtype=torch.int32))
-        return pages_for(counts).sum() > target
+        return total(pages_for(counts).sum(), processes) > target
 
     # The bits of floats from 0 on, read as int32, are ordered like the floats.
     bits = scores.view(torch.int32)
@@ -1463,12 +1473,13 @@ def best_tokens(scores, pos, row, rows, target):
     threshold = largest(lambda c: too_many(bits >= c), row.device)
     better = bits > threshold
     tied = bits == threshold
-    if tied.sum() == 1:                 # as almost always: it goes, and no search by position
+    if total(tied.sum(), processes) == 1:           # nearly always: it goes, without a search
         tied = torch.zeros_like(tied)
     else:
         oldest = largest(lambda c: too_many(better | (tied & (pos >= c))), row.device)
         tied = tied & (pos > oldest)
-    cut = torch.where(tied.any(), threshold, threshold + 1)         # + 1: the next float up
+    any_tied = total(tied.sum(), processes) > 0
+    cut = torch.where(any_tied, threshold, threshold + 1)           # + 1: the next float up
     return better | tied, cut.view(torch.float32).item()
 
 
