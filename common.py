@@ -106,7 +106,8 @@ def run_program(main, argv=None):
         if not is_out_of_memory(e):
             raise
         message = f"out of memory, a smaller --chunk or --dtype may help: {reason(e)}"
-    if torchrun_processes() == 1 or os.environ.get("RANK", "0") == "0":      # the others found the same
+    # Of several processes only the first one speaks: the others found the same.
+    if torchrun_processes() == 1 or os.environ.get("RANK", "0") == "0":
         say(f"{name}: {one_line(message)}")
     return 2
 
