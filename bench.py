@@ -3,6 +3,7 @@
     python bench.py                                   the bundled model: prefill and decode
     python bench.py kernels --shape llama-3.1-8b      one layer's attention beside cuDNN's, on a GPU
     python bench.py primitives --shape llama-3.1-8b   selection and eviction, on a GPU
+    python bench.py serve --shape llama-3.1-8b        many prompts in a fixed memory, on a GPU
     python bench.py train --shape llama-3.1-8b        soft attention and a training step, on a GPU
     python bench.py all --shape llama-3.1-8b          everything, for an 8B model of random weights
     python bench.py --plot                            draws assets/time.png from assets/h200.json
@@ -32,12 +33,14 @@ import contextlib
 import gc
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
@@ -49,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from generate import Text, decode, load_model, make_admission, prefill
+from generate import Server, Text, decode, load_model, make_admission, prefill
 from model import Config, Llama, check_memory, share_config
 from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
@@ -264,7 +267,7 @@ def admission_policy(model, args):
     """The gates of a file, or what --admit says."""
     if args.admit == "gates":
         return make_admission(args, model)[0]
-    decoded = (args.runs + 1) * (args.steps + UNCOUNTED_STEPS)
+    decoded = max((args.runs + 1) * (args.steps + UNCOUNTED_STEPS), *args.answers)
     return SimulatedAdmission(model, args.admit, max(args.tokens) + decoded, args.window)
 
 
@@ -624,6 +627,111 @@ def transformers_decode(path, ours, ids):
     return steps
 
 
+# ----------------------------------------------------------------------------------------- serving
+
+class TimedServer(Server):
+    """A Server whose prompts arrive at given times, and which notes when tokens come."""
+
+    def __init__(self, *args, arrivals, **settings):
+        super().__init__(*args, **settings)
+        self.arrivals = arrivals    # seconds after the start, one for each prompt
+        self.start = clock(self.model.device)
+        self.first_s = []           # from a prompt's arrival to its first token
+        self.between_s = []         # between two tokens of an answer
+        self.decoded = 0            # tokens
+        self.pages_a_token = []     # slots in pages over tokens in them, while it runs
+
+    def now(self):
+        return time.perf_counter() - self.start
+
+    def is_there(self, index):
+        if self.arrivals[index] > self.now():
+            time.sleep(0.001)
+            return False
+        self.arriving = self.arrivals[index]
+        return True
+
+    def read(self, chunks, b, last):
+        count = super().read(chunks, b, last)
+        if count == last:
+            self.first_s.append(self.now() - self.arriving)
+        return count
+
+    def run(self, said, most):
+        before = {b: len(ids) for b, (_, ids) in said.items()}
+        start = self.now()
+        super().run(said, most)
+        steps = max(len(ids) - before[b] for b, (_, ids) in said.items())
+        if steps > 0:
+            self.between_s += [(self.now() - start) / steps] * steps
+            self.decoded += sum(len(ids) - before[b] for b, (_, ids) in said.items())
+            if self.kv.num_promoted() > 0:
+                slots = int(pages_for(self.kv.counts).sum()) * P
+                self.pages_a_token.append(slots / self.kv.num_promoted())
+
+
+@torch.no_grad()
+def bench_serve(model, args):
+    """Prompts arrive at random; as many sequences at a time as a fixed memory for caches holds.
+
+    Prompts have from the shortest to the longest of --tokens, uniformly. Dense is our own paged
+    cache with everything admitted: it wastes no memory on unequal lengths.
+    """
+    rng = random.Random(args.seed)
+    lengths = [rng.randint(args.tokens[0], args.tokens[-1]) for _ in range(args.requests)]
+    prompts = [make_prompt(model, n, args) for n in lengths]
+    everything = RandomAdmission(1.0)
+    everything.window = args.window
+    for answers in args.answers:
+        times = {}
+        for side, policy in (("dense", everything), ("gated", admission_policy(model, args))):
+            times[side] = serve(model, policy, prompts, answers, args)
+            free_memory(model.device)
+        dense, gated = times["dense"], times["gated"]
+        for side, row in times.items():
+            yield dict(tokens=sum(lengths) // len(lengths), side=side, answers=answers, **row)
+        say(f"answers of {answers}: gated over dense, sequences "
+            f"{gated['sequences'] / dense['sequences']:.2f}, tokens/s "
+            f"{gated['tokens_per_s'] / dense['tokens_per_s']:.2f}")
+
+
+def serve(model, policy, prompts, answers, args):
+    """Answer all prompts, with as many sequences as --memory holds on average."""
+    kv = DualCache(model, policy)
+    read_prompts(model, kv, [max(prompts, key=len)], args.chunk)        # compiles kernels, and
+    share = kv.kept_bytes() / kv.dense_bytes()                          # says what is kept
+    mean = sum(map(len, prompts)) / len(prompts) + answers / 2
+    dense_token = kv.dense_bytes() / int(kv.num_tokens)
+    sequences = max(1, int(args.memory * 2**30 / (mean * dense_token * share)))
+    sequences = min(sequences, len(prompts))
+    del kv
+    free_memory(model.device)
+
+    kv = DualCache(model, policy, sequences)
+    rng = random.Random(args.seed)
+    arrivals = list(accumulate(rng.expovariate(args.rate) for _ in prompts))
+    server = TimedServer(model, kv, answers, chunk=args.chunk, arrivals=arrivals)
+    new = 0
+    with strongest_attention(model.device), progress(len(prompts), "serve", "answers") as bar:
+        for _, ids, _, _ in server.answers(prompts):
+            new += len(ids)
+            bar.update(1)
+    seconds = server.now()
+
+    def percentiles(values):
+        values = sorted(values)
+        return values[len(values) // 2], values[min(len(values) - 1, 99 * len(values) // 100)]
+
+    first, first_99 = percentiles(server.first_s)
+    between, between_99 = percentiles(server.between_s or [0.0])
+    return dict(sequences=sequences, kept_share=share, tokens_per_s=new / seconds,
+                decode_tokens_per_s=server.decoded / max(server.decode_s, 1e-9),
+                first_token_s=[first], first_token_99_s=[first_99], between_s=[between],
+                between_99_s=[between_99],
+                pages_a_token=statistics.mean(server.pages_a_token or [1.0]),
+                peak_gib=peak_bytes(model.device) / 2**30)
+
+
 # --------------------------------------------------------------------------------------- training
 
 def bench_train(model, args):
@@ -734,7 +842,7 @@ def draw_time(pyplot, figures):
 # ---------------------------------------------------------------------------------------- program
 
 BENCHES = dict(kernels=bench_kernels, primitives=bench_primitives, prefill=bench_prefill,
-               decode=bench_decode, train=bench_train)
+               decode=bench_decode, serve=bench_serve, train=bench_train)
 NEED_A_GPU = ("kernels", "primitives", "train")         # what they time is Triton on CUDA
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
@@ -742,12 +850,16 @@ COLUMNS = dict(
     prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib peak_gib",
     decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share kept_gib "
            "peak_gib",
+    serve="side sequences answers tokens tokens_per_s decode_tokens_per_s first_token_s "
+          "first_token_99_s between_s between_99_s pages_a_token kept_share peak_gib",
     train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
 HEADINGS = {                                # of columns whose name in --json is too long
     "flops_ratio": "of FLOPs", "ratio_transformers": "ratio hf", "over_dense": "ratio",
     "transformers_s": "transf. (hf)", "all_s": "attend all", "chosen_s": "choose, attend",
     "gate_s": "evict by gate", "snapkv_s": "by snapkv", "kept_share": "kept",
-    "tokens_per_s": "tokens/s",
+    "tokens_per_s": "tokens/s", "decode_tokens_per_s": "decode/s", "first_token_s": "first token",
+    "first_token_99_s": "99%", "between_s": "between", "between_99_s": "99%",
+    "pages_a_token": "slots/tok",
     "kept_gib": "kept GiB", "peak_gib": "peak GiB"}
 
 
@@ -781,6 +893,8 @@ def shown(value):
     """A figure as text; of a list of seconds the median and the spread, in a unit that fits."""
     if value is None or value == []:
         return "-"
+    if isinstance(value, str):
+        return value
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -823,6 +937,14 @@ def make_parser():
     parser.add_argument("--runs", type=whole(1), default=3, metavar="N", help="of each side (3)")
     parser.add_argument("--select", type=whole(1), default=4096, metavar="N",
                         help="primitives: tokens of a row that are selected (4096)")
+    parser.add_argument("--memory", type=real(0.001), default=40.0, metavar="GIB",
+                        help="serve: GiB that caches may take (40)")
+    parser.add_argument("--requests", type=whole(1), default=32, metavar="N",
+                        help="serve: prompts (32)")
+    parser.add_argument("--rate", type=real(0.001), default=1.0, metavar="X",
+                        help="serve: prompts that arrive a second, on average (1)")
+    parser.add_argument("--answers", type=whole(1), nargs="+", default=[256, 4096], metavar="N",
+                        help="serve: tokens of an answer (256 4096)")
     parser.add_argument("--steps", type=whole(1), default=32, metavar="N",
                         help="decode steps a run (32)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go")

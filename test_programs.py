@@ -2811,6 +2811,19 @@ def test_bench_decode_reads_its_prompts(tmp_path):
     assert row["kept_share"] > 0.9              # of 500 tokens, all of them admitted
 
 
+def test_bench_serve(tmp_path):
+    """More sequences in the same memory, all prompts answered, times that can be."""
+    dense, gated = bench_rows(tmp_path, "serve", "--tokens", "100", "500", "--requests", "5",
+                              "--answers", "12", "--memory", "0.005", "--rate", "50")
+    assert (dense["side"], gated["side"]) == ("dense", "gated")
+    assert dense["sequences"] < gated["sequences"] <= 5
+    for row in (dense, gated):
+        assert row["tokens_per_s"] > 0 and row["decode_tokens_per_s"] > row["tokens_per_s"]
+        assert 0 < row["first_token_s"][0] <= row["first_token_99_s"][0]
+        assert 0 < row["between_s"][0] <= row["between_99_s"][0]
+        assert row["pages_a_token"] >= 1
+
+
 def test_bench_without_a_dense_side(tmp_path):
     """A million tokens: dense would take hours or more memory than there is."""
     for what in ("prefill", "decode"):
@@ -2824,7 +2837,7 @@ def test_bench_without_a_dense_side(tmp_path):
     (["train"], "train needs a CUDA device"),
     (["primitives"], "primitives needs a CUDA device"),
     (["all"], "needs a CUDA device"),
-    (["memory"], "memory: there are kernels, primitives, prefill, decode, train and all"),
+    (["memory"], "memory: there are kernels, primitives, prefill, decode, serve, train"),
     (["--admit", "1.5"], "should be a number from 0 to 1, it is '1.5'"),
     (["--admit", "0.2,"], "should be a number from 0 to 1, it is ''"),
     (["--tokens", "1"], "should be a whole number of at least 2, it is '1'"),
