@@ -703,8 +703,8 @@ def fill(model, files):
         kind = ".".join(ours.split(".")[-2:])
         axis = axes.get(kind) if c.processes > 1 else None
         size = 1 if axis is None else files[name].shape[axis] // c.processes
-        data = files[name].read(axis, slice(c.rank * size, (c.rank + 1) * size))
-        rows.copy_(data)                        # converts to the parameter's device and dtype
+        part = slice(c.rank * size, (c.rank + 1) * size)
+        rows.copy_(files[name].read(axis, part))    # converts to the parameter's device and dtype
         check_finite(files[name].path, files[name].name, rows)
         if kind in ("out.bias", "down.bias") and c.rank > 0:
             rows.zero_()
