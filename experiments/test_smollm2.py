@@ -32,6 +32,8 @@ from generate import Text, decode, prefill
 from model import Llama
 from wgkv import DenseCache
 
+torch.set_num_threads(1)        # decode is no slower, and a busy machine makes threads wait
+
 
 # ------------------------------------------------------------------------------------ wrong input
 
