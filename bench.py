@@ -58,19 +58,16 @@ from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second
 
+LLAMA_8B = Config(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+    num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+    max_positions=131072, rope_theta=5e5, tied=False,
+    rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=8192))
 SHAPES = {                  # of --shape
-    "llama-3.1-8b": Config(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-        num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        max_positions=131072, rope_theta=5e5, tied=False,
-        rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                  original_max_position_embeddings=8192)),
-    "llama-3.1-70b": Config(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672,
-        num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
-        max_positions=131072, rope_theta=5e5, tied=False,
-        rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                  original_max_position_embeddings=8192)),
+    "llama-3.1-8b": LLAMA_8B,
+    "llama-3.1-70b": replace(LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_layers=80,
+                             num_heads=64),
 }
 
 

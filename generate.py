@@ -620,7 +620,7 @@ def warm_up(model, kv):
     for _ in decode(model, copy, hidden, FEW_STEPS + 4):
         pass
     if isinstance(copy, DualCache) and copy.most_pages is not None:
-        copy.evict(copy.counts.numel())         # the first eviction would be a pause in the text
+        copy.evict(0)       # even the sinks: the first eviction would be a pause in the text
     return clock(model.device) - start
 
 
@@ -728,7 +728,8 @@ class Session:
             longest = sorted(map(len, self.prompts), reverse=True)[:batch]
             tokens = sum(longest) + batch * self.args.max_new_tokens
             c = self.model.config
-            numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens       # of K and V
+            heads = c.num_kv_heads * c.processes
+            numbers = 2 * c.num_layers * heads * c.head_dim * tokens                # of K and V
             budget = int(budget * numbers * self.model.dtype.itemsize)
         return budget
 

@@ -1069,7 +1069,9 @@ class DualCache(Cache):
         if evict and in_use + wanted * self.processes > self.most_pages:
             self.evict(min(9 * self.most_pages // 10, self.most_pages - wanted * self.processes))
             return wanted
-        return min(wanted, self.most_pages - in_use + wanted_a_layer)
+        # Of several processes one may fill what the others let go, so only its own pages count.
+        own = int(pages_for(self.all_counts).sum())
+        return min(wanted, self.most_pages - own + wanted_a_layer)
 
     def pages_in_all_rows(self):
         """How many pages of promoted tokens there are, in all processes."""
