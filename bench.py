@@ -4,6 +4,7 @@
     python bench.py kernels --shape llama-3.1-8b      one layer's attention beside cuDNN's, on a GPU
     python bench.py primitives --shape llama-3.1-8b   selection and eviction, on a GPU
     python bench.py serve --shape llama-3.1-8b        many prompts in a fixed memory, on a GPU
+    python bench.py saved --shape llama-3.1-8b        a cache from a file, or its text read again
     python bench.py train --shape llama-3.1-8b        soft attention and a training step, on a GPU
     python bench.py all --shape llama-3.1-8b          everything, for an 8B model of random weights
     python bench.py --plot                            draws assets/time.png from assets/h200.json
@@ -37,6 +38,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -46,7 +48,7 @@ from pathlib import Path
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
 from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, model_options,
                     peak_bytes, pick_device, process_group, progress, rank_and_processes, read_json,
-                    read_text, real, run_program, say, whole, write_text)
+                    read_text, real, run_program, say, torchrun_processes, whole, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -215,10 +217,11 @@ def bytes_a_step(model, kv):
 # ------------------------------------------------------------------------- models, prompts, caches
 
 @torch.no_grad()
-def random_model(shape, device, dtype):
-    """A model of a named shape with random weights; of several processes each has its part."""
+def random_model(shape, device, dtype, split=True):
+    """A model of a named shape with random weights; split: of several processes each has a part."""
+    share = rank_and_processes() if split else (0, 1)
     with torch.device("meta"):
-        model = Llama(share_config(SHAPES[shape], *rank_and_processes())).to(dtype)
+        model = Llama(share_config(SHAPES[shape], *share)).to(dtype)
     check_memory(sum(p.nbytes for p in model.parameters()), device, dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
     for p in model.parameters():
@@ -253,6 +256,9 @@ class SimulatedAdmission:
         admitted = random_admissions(shares, c.num_kv_heads, tokens + self.STEP * c.num_layers,
                                      model.device)
         self.table = torch.where(admitted, 1.0, -1.0)                   # (Hkv, columns) fp32
+
+    def identity(self):
+        return "simulated"                  # of a saved cache; only this process loads it again
 
     def gate(self, layer, k, k_rotated, positions):
         self.gates.gate(layer, k, k_rotated, positions)
@@ -682,11 +688,15 @@ def bench_serve(model, args):
     for answers in args.answers:
         times = {}
         for side, policy in (("dense", everything), ("gated", admission_policy(model, args))):
+            if side == "dense" and max(lengths) > args.dense_up_to:
+                continue
             times[side] = serve(model, policy, prompts, answers, args)
+            yield dict(tokens=sum(lengths) // len(lengths), side=side, answers=answers,
+                       **times[side])
             free_memory(model.device)
+        if len(times) < 2:
+            continue
         dense, gated = times["dense"], times["gated"]
-        for side, row in times.items():
-            yield dict(tokens=sum(lengths) // len(lengths), side=side, answers=answers, **row)
         say(f"answers of {answers}: gated over dense, sequences "
             f"{gated['sequences'] / dense['sequences']:.2f}, tokens/s "
             f"{gated['tokens_per_s'] / dense['tokens_per_s']:.2f}")
@@ -727,6 +737,63 @@ def serve(model, policy, prompts, answers, args):
                 between_99_s=[between_99],
                 pages_a_token=statistics.mean(server.pages_a_token or [1.0]),
                 peak_gib=peak_bytes(model.device) / 2**30)
+
+
+# ------------------------------------------------------------------------------------ saved caches
+
+QUESTION_TOKENS = 32        # of what is asked about a text: any number that is small beside it
+
+
+@torch.no_grad()
+def bench_saved(model, args):
+    """Time to the first token about a text: reading it again, or loading the cache it left.
+
+    Both include the question's prefill. The file was just written, so it comes from the system's
+    memory and not from a disk.
+    """
+    policy = admission_policy(model, args)
+    for tokens in args.tokens:
+        for side in ("dense", "gated"):
+            def make_kv():
+                return DenseCache(model) if side == "dense" else DualCache(model, policy)
+
+            chunk = tokens if side == "dense" else args.chunk
+            yield dict(tokens=tokens, side=side, **time_saved(model, make_kv, tokens, chunk, args))
+            free_memory(model.device)
+
+
+def time_saved(model, make_kv, tokens, chunk, args):
+    """A row of bench_saved. The first run of each side only compiles kernels."""
+    prompt = make_prompt(model, tokens, args)
+    question = make_prompt(model, QUESTION_TOKENS, args)
+
+    def ask(kv):
+        _, hidden = read_prompts(model, kv, [question], args.chunk)
+        return int(model.logits(hidden).argmax())
+
+    kv = make_kv()
+    read_prompts(model, kv, [prompt], chunk)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.cache")
+        kv.save(path, model, [prompt])
+        shares = memory(model, kv)
+        file_gib = path.stat().st_size / 2**30
+        del kv
+
+        def read_again():
+            kv = make_kv()
+            read_prompts(model, kv, [prompt], chunk)
+            ask(kv)
+
+        def load():
+            kv = make_kv()
+            kv.load(path, model)
+            ask(kv)
+
+        times = in_turn(args.runs + 1, model.device, read_s=read_again, load_s=load)
+    read_s, load_s = times["read_s"][1:], times["load_s"][1:]
+    return dict(read_s=read_s, load_s=load_s, ratio=over(load_s, read_s), file_gib=file_gib,
+                **shares)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -775,9 +842,10 @@ def time_soft_attention(c, tokens, args, device):
 
 
 def time_train_step(model, tokens, args):
-    """A step of train.py on one sample of random ids."""
+    """A step of train.py on one sample of random ids a process; tokens_per_s is of them all."""
     import train
-    config = replace(train.PAPER, seq_len=(tokens,), tokens_per_step=tokens, steps=3,
+    _, processes = rank_and_processes()
+    config = replace(train.PAPER, seq_len=(tokens,), tokens_per_step=processes * tokens, steps=3,
                      window=args.window, seed=args.seed)
 
     def draw(rng, length):
@@ -839,7 +907,8 @@ def draw_time(pyplot, figures):
 # ---------------------------------------------------------------------------------------- program
 
 BENCHES = dict(kernels=bench_kernels, primitives=bench_primitives, prefill=bench_prefill,
-               decode=bench_decode, serve=bench_serve, train=bench_train)
+               decode=bench_decode, serve=bench_serve, saved=bench_saved,
+               train=bench_train)
 NEED_A_GPU = ("kernels", "primitives", "train")         # what they time is Triton on CUDA
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
@@ -849,6 +918,7 @@ COLUMNS = dict(
            "peak_gib",
     serve="side sequences answers tokens tokens_per_s decode_tokens_per_s first_token_s "
           "first_token_99_s between_s between_99_s pages_a_token kept_share peak_gib",
+    saved="side tokens read_s load_s ratio file_gib kept_share",
     train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
 HEADINGS = {                                # of columns whose name in --json is too long
     "flops_ratio": "of FLOPs", "ratio_transformers": "ratio hf", "over_dense": "ratio",
@@ -857,7 +927,8 @@ HEADINGS = {                                # of columns whose name in --json is
     "tokens_per_s": "tokens/s", "decode_tokens_per_s": "decode/s", "first_token_s": "first token",
     "first_token_99_s": "99%", "between_s": "between", "between_99_s": "99%",
     "pages_a_token": "slots/tok",
-    "kept_gib": "kept GiB", "peak_gib": "peak GiB"}
+    "kept_gib": "kept GiB", "peak_gib": "peak GiB", "file_gib": "file GiB",
+    "read_s": "read again"}
 
 
 def run(name, model, args):
@@ -958,6 +1029,11 @@ def check_options(args, device):
             raise UserError(f"{name}: there are {', '.join(BENCHES)} and all")
         if name in NEED_A_GPU and device.type != "cuda":
             raise UserError(f"{name} needs a CUDA device: what it times is Triton on a GPU")
+    if "saved" in args.what and torchrun_processes() > 1:
+        raise UserError("saved is for one process: several do not save their caches")
+    if "train" in args.what and len(args.what) > 1 and torchrun_processes() > 1:
+        raise UserError("with torchrun, train is a command of its own: each process has the whole "
+                        "model then, and a part of it in the others")
     if args.shape and args.gates:
         raise UserError("--shape has random weights, for which there are no gates: give --admit")
     if args.admit is None:
@@ -982,10 +1058,13 @@ def measure(args):
     device = pick_device(args.device)
     check_options(args, device)
     torch.manual_seed(args.seed)
+    # Inference splits the model by KV head. Training gives each process all of it, and other
+    # samples.
+    split = "train" not in args.what
     if args.shape:
-        model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"])
+        model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"], split)
     else:
-        model = load_model(args, split=True)
+        model = load_model(args, split)
     if args.admit == "gates" and ("prefill" in args.what or "decode" in args.what):
         args.window = admission_policy(model, args).window
     args.peaks = measure_peaks(device)

@@ -2827,6 +2827,20 @@ def test_bench_serve(tmp_path):
         assert 0 < row["first_token_s"][0] <= row["first_token_99_s"][0]
         assert 0 < row["between_s"][0] <= row["between_99_s"][0]
         assert row["pages_a_token"] >= 1
+    [alone] = bench_rows(tmp_path, "serve", "--tokens", "100", "200", "--requests", "2",
+                         "--answers", "3", "--rate", "50", "--dense-up-to", "0")
+    assert alone["side"] == "gated"
+
+
+def test_bench_saved(tmp_path):
+    """A file that holds everything, or a cache that was not read from it."""
+    rows = bench_rows(tmp_path, "saved", "--tokens", "600", "--runs", "1")
+    dense, gated = rows
+    assert (dense["side"], gated["side"]) == ("dense", "gated")
+    assert gated["file_gib"] < 0.6 * dense["file_gib"]
+    for row in rows:
+        assert row["file_gib"] > 0.9 * row["kept_gib"]
+        assert 0 < row["load_s"][0] < row["read_s"][0] and row["ratio"] < 1
 
 
 def test_bench_without_a_dense_side(tmp_path):
@@ -2842,7 +2856,7 @@ def test_bench_without_a_dense_side(tmp_path):
     (["train"], "train needs a CUDA device"),
     (["primitives"], "primitives needs a CUDA device"),
     (["all"], "needs a CUDA device"),
-    (["memory"], "memory: there are kernels, primitives, prefill, decode, serve, train"),
+    (["memory"], "memory: there are kernels, primitives, prefill, decode, serve, saved, train"),
     (["--admit", "1.5"], "should be a number from 0 to 1, it is '1.5'"),
     (["--admit", "0.2,"], "should be a number from 0 to 1, it is ''"),
     (["--tokens", "1"], "should be a whole number of at least 2, it is '1'"),
