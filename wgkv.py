@@ -639,8 +639,8 @@ class DenseCache(Cache):
             files.check_stored(path, file, name, (self.B, self.Hkv, S, self.D), self.dtype)
         self.make_room(S)
         for x, name, layer in names:
-            for start, stop, part in files.finite_parts(path, file, name, at_once=1):
-                x[layer][start:stop, :, :S] = part.to(self.device)
+            for start, stop, part in files.finite_parts(path, file, name, 1, self.device):
+                x[layer][start:stop, :, :S] = part
 
     def attention(self, q, keys, values):
         """Causal attention of the T last tokens, by the fastest way that the lengths allow."""
@@ -1295,8 +1295,9 @@ class DualCache(Cache):
         self.pool.pos[pages] = pos.to(self.device)
         for name in ("k", "v"):
             x = getattr(self.pool, name)
-            for start, stop, part in files.finite_parts(path, file, name, files.PAGES_AT_ONCE):
-                x[pages[start:stop]] = part.to(self.device)
+            for start, stop, part in files.finite_parts(path, file, name, files.PAGES_AT_ONCE,
+                                                        self.device):
+                x[pages[start:stop]] = part
         if self.queries is not None:
             size = tuple(self.queries.shape)
             files.check_stored(path, file, "queries", size, self.dtype)
