@@ -1302,8 +1302,8 @@ class DualCache(Cache):
             size = tuple(self.queries.shape)
             files.check_stored(path, file, "queries", size, self.dtype)
             self.num_queries.copy_(num_tokens.expand(self.L, -1))
-            for start, stop, part in files.finite_parts(path, file, "queries", at_once=1):
-                self.queries[start:stop] = part.to(self.device)
+            for start, stop, part in files.finite_parts(path, file, "queries", 1, self.device):
+                self.queries[start:stop] = part
 
         self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
         if tau_now > self.tau_on_device.item():
