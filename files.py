@@ -4,11 +4,16 @@ To be skipped at a first reading. Gates and saved caches are safetensors files. 
 is untrusted: each check names the file, what it found and what it expected, in one line. Nothing
 is unpickled but an official checkpoint, and of that only tensors.
 """
+import bisect
 import hashlib
+import itertools
 import json
+import math
 import os
 import pickle
 import re
+import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,19 +41,22 @@ def own_shape(model):
     return c.num_layers, c.num_kv_heads, c.head_dim
 
 
-def save_gates(gates, path, model, lam=0.0, recipe=""):
+def save_gates(gates, path, model, lam=0.0, recipe="", dtype=torch.float32):
     """Write one safetensors file: the parameters, and in its metadata what belongs to them.
 
     lam and recipe say how the gates were trained (lambda, and the settings as JSON). They are
-    kept for the reader; nothing here reads them.
+    kept for the reader; nothing here reads them. dtype: of the parameters in the file, float32 or
+    bfloat16, which halves it. Gates compute in fp32 either way.
     """
     L, Hkv, D = gates.shape
     tensors = {}
     for name, p in gates.named_parameters():
-        tensors[name] = p.detach().float().cpu().contiguous()
+        tensors[name] = p.detach().to("cpu", dtype).contiguous()
     metadata = dict(format=FORMAT, window=gates.window, tau=gates.tau, expansion=gates.expansion,
                     lam=lam, model=model.name, layers=L, kv_heads=Hkv, head_dim=D,
                     fingerprint=fingerprint(model), recipe=recipe)
+    if gates.quantiles:
+        metadata["quantiles"] = json.dumps(gates.quantiles)
     with replacing(path) as part:           # never half a file where a good one was
         save_file(tensors, part, metadata={key: str(value) for key, value in metadata.items()})
 
@@ -77,13 +85,52 @@ def load_gates(make, path, model):
     # A cache allocates its ring, `window` tokens of every head, before it sees a single token.
     settings = dict(window=number("window", 1, 2**20, int), tau=number("tau", 0, 1, float),
                     expansion=number("expansion", 1 / shape[2], 256, float))
+    quantiles = read_quantiles(path, meta)
     # In fp16 small weights lose bits, and with them the fingerprint.
     if meta.get("fingerprint") != fingerprint(model) and model.dtype != torch.float16:
+        say_of_other_weights(path, meta, model)
+    shapes = {}
+    with reading(path):
+        for name in file.keys():
+            header = file.get_slice(name)
+            shapes[name] = tuple(header.get_shape())
+            if header.get_dtype() not in ("F32", "BF16"):
+                raise UserError(f"{path}: {quoted(name)} has the dtype {header.get_dtype()}, gates "
+                                "are stored in F32 or BF16")
+    gates = fill_gates(make, path, model, settings, shapes, file.get_tensor)
+    gates.quantiles = quantiles
+    return gates
+
+
+def say_of_other_weights(path, meta, model):
+    """The remark on gates that fit a model by shape and were trained with other weights."""
+    if same_name(meta.get("model"), model.name):
+        say(f"{path}: these gates were trained with other weights of {model.name} than the ones "
+            "here; a quantized copy has such. The shapes fit")
+    else:
         say(f"{path}: these gates were trained for another model ({quoted(meta.get('model'))}) "
             f"than {model.name}: the shapes fit, the weights differ")
-    with reading(path):
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return fill_gates(make, path, model, settings, shapes, file.get_tensor)
+
+
+def same_name(one, other):
+    """Do two names mean the same model? The hub's owner/Name is a local folder Name, or name."""
+    one, other = (str(name).rpartition("/")[2].casefold() for name in (one, other))
+    return one == other
+
+
+def find_gates(folder, model, names):
+    """The gate file in a folder that fits a model by shape and by one of its names, or None.
+
+    A file's own names are its stem and its metadata's `model`. Only headers are read.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        meta = open_tensors(path).metadata() or {}
+        own_names = path.stem, meta.get("model")
+        named = any(same_name(own, name) for own in own_names for name in names)
+        shape = tuple(meta.get(key) for key in ("layers", "kv_heads", "head_dim"))
+        if named and shape == tuple(map(str, gate_shape(model))):
+            return str(path)
+    return None
 
 
 def load_official(make, path, model):
@@ -152,6 +199,95 @@ def metadata_number(path, key, text, low, high, kind):
     except (TypeError, ValueError):
         value = text
     return check_number(path, f"its metadata's {key}", value, low, high, whole=kind is int)
+
+
+# The quantiles of gates, by which generate.py --keep chooses tau.
+#
+# A row with n promoted tokens has ceil(n / 64) pages: a page opens with its 1st token, whatever
+# the other 63 are. So of a row's gates, in falling order, only the 1st, the 65th, the 129th, ...
+# count. Each of these *opening gates* stands for a page, which a tau up to that gate opens. A file
+# has their quantiles over all rows of some texts, for some lengths of a text:
+#
+#     {"1024": [65 numbers, ascending], "2048": ...}
+#
+# If the number for the level 0.9 is 0.07, then tau = 0.07 opens 10% of the pages that all tokens
+# would fill. The levels lie closest at the upper end, where small shares are: 1 - (n / 64)^2.
+
+LEVELS = [1 - (n / 64) ** 2 for n in range(64, -1, -1)]
+
+
+def page_share(quantiles, tau, tokens):
+    """About which share of its pages tau opens in a text of so many tokens.
+
+    All pages are those that its tokens would fill if every one were promoted. Between two lengths
+    the share changes with the logarithm of the length; outside of them it is the nearest one's.
+    """
+    lengths = sorted(quantiles)
+    tokens = min(max(tokens, lengths[0]), lengths[-1])
+    upper = bisect.bisect_left(lengths, tokens)                 # the first of at least `tokens`
+    long = share_at(quantiles[lengths[upper]], tau)
+    if lengths[upper] == tokens:
+        return long
+    short = share_at(quantiles[lengths[upper - 1]], tau)
+    weight = math.log(tokens / lengths[upper - 1]) / math.log(lengths[upper] / lengths[upper - 1])
+    return short + weight * (long - short)
+
+
+def share_at(values, tau):
+    """The share of opening gates that reach tau, from the quantiles of one length.
+
+    Between two quantiles it changes with the logarithm of tau: most gates are tiny.
+    """
+    n = bisect.bisect_left(values, tau)                         # the first that reaches tau
+    if n == 0 or n == len(values):
+        return 1.0 if n == 0 else 0.0
+    low, here, high = (math.log(max(x, 1e-30)) for x in (values[n - 1], tau, values[n]))
+    weight = (here - low) / (high - low) if high > low else 1.0
+    return 1 - (LEVELS[n - 1] + weight * (LEVELS[n] - LEVELS[n - 1]))
+
+
+def read_quantiles(path, meta):
+    """{length: the quantiles of opening gates} from a gate file's metadata; {} if it has none."""
+    text = meta.get("quantiles")
+    if text is None:
+        return {}
+    if len(text) > 2**17:
+        raise UserError(f"{path}: its metadata's quantiles take {len(text):,} characters")
+    with reading(f"{path}: its metadata's quantiles", "read as JSON"):
+        stored = json.loads(text)
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{path}: its metadata's quantiles should be an object with a list for "
+                        f"each length, they are {quoted(text)}")
+    quantiles = {}
+    for key, values in stored.items():
+        if not re.fullmatch("[1-9][0-9]{0,8}", key):
+            raise UserError(f"{path}: its metadata's quantiles name {quoted(key)} as a length")
+        what = f"its metadata's quantiles for {key} tokens"
+        if not isinstance(values, list) or len(values) != len(LEVELS):
+            raise UserError(f"{path}: {what} should be {len(LEVELS)} numbers, they are "
+                            f"{quoted(values)}")
+        for value in values:
+            check_number(path, what, value, 0, 1)
+        if any(one > next_one for one, next_one in itertools.pairwise(values)):
+            raise UserError(f"{path}: {what} should ascend, they are {quoted(values)}")
+        quantiles[int(key)] = values
+    return dict(sorted(quantiles.items()))
+
+
+def write_quantiles(path, quantiles):
+    """Put quantiles into a gate file's metadata; all else in the file stays, byte for byte.
+
+    A safetensors file is the size of its header, the header as JSON, and the tensors' bytes.
+    """
+    with reading(path), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"]["quantiles"] = json.dumps(quantiles)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)                 # tensors begin at a multiple of 8
+        with replacing(path) as part, open(part, "wb") as copy:
+            copy.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, copy)
 
 
 OFFICIAL_NAME = re.compile(r"(?:model\.layers\.)?([0-9]{1,6})\.self_attn\.g_predictors\.(\w+\.\w+)")
@@ -257,6 +393,14 @@ def cache_metadata(kv, model):
     return dict(cache_format=CACHE_FORMAT, kind=type(kv).__name__, fingerprint=fingerprint(model),
                 dtype=str(kv.dtype).removeprefix("torch."), layers=L, kv_heads=Hkv, head_dim=D,
                 sequences=kv.B, **kv.settings())
+
+
+def saved_tau(path):
+    """The tau of the cache in a file, or None if it has none: a dense one, or no cache at all."""
+    meta = open_tensors(path).metadata() or {}
+    if "tau" not in meta or "cache_format" not in meta:
+        return None                         # load_cache says what is wrong
+    return metadata_number(path, "tau", meta["tau"], 0, 1, float)
 
 
 def load_cache(kv, path, model):

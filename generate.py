@@ -7,6 +7,7 @@
     python generate.py --prompt a.txt --save-cache a.cache              read once,
     python generate.py --load-cache a.cache --prompt q.txt              ask often
     python generate.py --prompt a.txt --dense       keep everything, for comparison
+    python generate.py --prompt a.txt --keep 15%    keep so much of a dense cache, by the gates
     python generate.py --prompt a.txt --admit none  keep only the sliding window
     python generate.py --prompt a.txt --model ~/Llama-3.2-1B-Instruct --gates g.safetensors --chat
 
@@ -21,6 +22,7 @@ import base64
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import secrets
@@ -39,8 +41,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer
 
+from files import find_gates, page_share, saved_tau
 from model import Llama, find_folder
-from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission
+from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, pages_for
 
 
 # ----------------------------------------------------------------------------------------- text in
@@ -703,8 +706,9 @@ class Session:
             self.kv = DenseCache(self.model, batch)
         else:
             admission, self.gates = make_admission(args, self.model)
-            self.kv = DualCache(self.model, admission, batch, tau=args.tau,
-                                budget=self.budget(batch), evict_by=args.evict, select=args.select)
+            settings = dict(budget=self.budget(batch), evict_by=args.evict, select=args.select)
+            tau = self.pick_tau(admission, settings)
+            self.kv = DualCache(self.model, admission, batch, tau=tau, **settings)
         self.choose = None
         if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
@@ -717,6 +721,23 @@ class Session:
         self.prompt_tokens = self.new_tokens = 0
         self.prefill_s = self.decode_s = 0.0
         self.kept = self.dense = 0              # bytes of the sequences that several prompts had
+
+    def pick_tau(self, admission, settings):
+        """The cache's tau: of --tau or --keep, or as --load-cache has it; None: the gates' own."""
+        args = self.args
+        if args.load_cache is not None and args.tau is None:
+            return saved_tau(args.load_cache)
+        if args.keep is None or not self.prompts:               # --jsonl has all answers already
+            return args.tau
+        if not admission.quantiles:
+            first = ""
+            if self.gates.endswith(".pt"):
+                first = "make a gate file of it with --convert, then "
+            raise UserError(f"{self.gates} has no quantiles, from which --keep chooses tau: {first}"
+                            "python train.py --calibrate FILE adds them (with --model, if it is "
+                            "not the bundled one)")
+        return tau_for(args.keep, admission, DualCache(self.model, admission, **settings),
+                       [len(prompt) + args.max_new_tokens for prompt in self.prompts])
 
     def budget(self, batch):
         """--budget in bytes. A share is one of what a dense cache would hold at the end.
@@ -775,10 +796,10 @@ class Session:
     def answer(self):
         """Answer the one prompt."""
         if self.args.show_kept is not None:
-            self.kv.admission = AdmissionLog(self.kv.admission, self.kv.tau)
+            self.kv.admission = GateLog(self.kv.admission)
         hidden = self.prefill(self.prompts)
         if self.args.show_kept is not None:
-            self.show_kept(self.kv.admission.admitted())
+            self.show_kept(self.kv.admission.gates() >= self.kv.tau)
             self.kv.admission = self.kv.admission.policy
         self.decode(hidden)
 
@@ -887,7 +908,8 @@ class Session:
             decode_s=round(self.decode_s, 4), kept_share=round(kept / max(dense, 1), 4),
             kept_bytes=kept, dense_bytes=dense, peak_bytes=peak_bytes(self.model.device),
             model=self.args.model, gates=self.gates, device=str(self.model.device),
-            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed, **evictions)
+            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed,
+            tau=None if self.args.dense else self.kv.tau, **evictions)
 
     def report(self):
         """The figures, for people."""
@@ -903,6 +925,8 @@ class Session:
             f"({self.new_tokens} tokens)")
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
+        if self.args.keep is not None:
+            say(f"tau      {f['tau']:8.3g}     chosen for --keep {self.args.keep:.1%}")
         if "processes" in f:
             heaviest = f["heaviest_kept_bytes"] / (f["kept_bytes"] / f["processes"])
             say(f"         ({f['processes']} processes; the heaviest keeps {heaviest:.2f} times "
@@ -932,21 +956,20 @@ class Session:
         write_text(self.args.show_kept, page)
 
 
-class AdmissionLog:
-    """An admission policy that notes what another one admits, of a cache's first sequence."""
+class GateLog:
+    """An admission policy that notes the gates of another one, of a cache's first sequence."""
 
-    def __init__(self, policy, tau):
+    def __init__(self, policy):
         self.policy = policy
-        self.tau = tau
-        self.layers = {}            # layer -> for each call (Hkv, T) bool
+        self.layers = {}            # layer -> for each call (Hkv, T) fp32
 
     def gate(self, layer, k, k_rotated, positions):
         g = self.policy.gate(layer, k, k_rotated, positions)
-        self.layers.setdefault(layer, []).append((g[0] >= self.tau).cpu())
+        self.layers.setdefault(layer, []).append(g[0].cpu())
         return g
 
-    def admitted(self):
-        """(L, Hkv, S) bool."""
+    def gates(self):
+        """(L, Hkv, S) fp32."""
         return torch.stack([torch.cat(self.layers[n], dim=1) for n in sorted(self.layers)])
 
 
@@ -1040,6 +1063,9 @@ def parse(argv):
                        "share like 0.25")
     group.add_argument("--tau", type=real(0, 1), metavar="T",
                        help="admit where a gate is at least T (default: as the gate file says)")
+    group.add_argument("--keep", type=share, metavar="SHARE",
+                       help="choose tau so that about this share of a dense cache's bytes is kept, "
+                       "as in 15%% or 0.15 (the gate file needs quantiles: train.py --calibrate)")
     group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
     group.add_argument("--budget", type=size_or_share, metavar="SIZE",
                        help="never hold more: bytes as in 256MiB, or a share of a dense cache, as "
@@ -1086,6 +1112,13 @@ def admission_rule(text):
     return real(0, 1)({"all": "1", "none": "0"}.get(text, text))
 
 
+def share(text):
+    """The type of --keep: 15% or 0.15."""
+    if text.endswith("%"):
+        return real(0, 100)(text[:-1]) / 100
+    return real(0, 1)(text)
+
+
 SIZE = re.compile(r"(\d+(?:\.\d*)?) ?(?:([KMGT]i?)?B?|(%))", re.IGNORECASE)
 
 
@@ -1105,15 +1138,21 @@ def size_or_share(text):
 def refuse_clashes(args):
     """UserError for options that do not go together, before anything slow."""
     several = args.prompt is not None and len(args.prompt) > 1
-    own_admission = args.gates is not None or args.admit != "gates" or args.tau is not None
+    own_admission = (args.gates is not None or args.admit != "gates" or args.tau is not None
+                     or args.keep is not None)
     other_primitives = args.budget is not None or args.select is not None
     single = args.interactive or args.show_kept is not None
     if single and (several or args.jsonl is not None):
         raise UserError("--interactive and --show-kept go with one prompt, not with several and "
                         "not with --jsonl")
     if args.dense and (own_admission or other_primitives or args.show_kept is not None):
-        raise UserError("--dense keeps everything: --gates, --admit, --tau, --budget, --select and "
-                        "--show-kept do not go with it")
+        raise UserError("--dense keeps everything: --gates, --admit, --tau, --keep, --budget, "
+                        "--select and --show-kept do not go with it")
+    if args.keep is not None and (args.tau is not None or args.admit != "gates"):
+        raise UserError("--keep chooses a tau for gates: --tau and --admit do not go with it")
+    if args.keep is not None and args.load_cache is not None:
+        raise UserError("--keep chooses tau for a new text: with --load-cache it is the one that "
+                        "the cache was saved with")
     if args.interactive and isinstance(args.budget, float):
         raise UserError("--budget as a share needs to know how long the text will be, and with "
                         "--interactive nobody does: give it in bytes, like 256MiB")
@@ -1156,9 +1195,9 @@ def make_admission(args, model):
     """
     file = args.gates
     if file is None:
-        file = os.path.join(args.model, "gates.safetensors")
+        file = own_or_bundled_gates(args, model)
     gates = None
-    if args.gates is not None or os.path.exists(file):
+    if file is not None:
         gates = Gates.load(file, model)
         if file.endswith(".pt"):
             say(f"{file}: an official checkpoint names no window and no tau: they are the paper's "
@@ -1174,6 +1213,61 @@ def make_admission(args, model):
         raise UserError(f"{args.model} has no gates.safetensors: name a file with --gates, train "
                         "one with train.py, or choose --dense or --admit all, none or a share")
     return gates, file
+
+
+GATES = HERE / "gates"      # gates that come with this repository, for models that do not
+
+
+def own_or_bundled_gates(args, model):
+    """The gate file in the model's folder, else one of GATES that fits, else None."""
+    file = os.path.join(args.model, "gates.safetensors")
+    if os.path.exists(file):
+        return file
+    names = [model.name]
+    config = os.path.join(args.model, "config.json")
+    if os.path.exists(config):              # a copy in a folder of another name
+        names.append(read_json(config).get("_name_or_path"))
+    file = find_gates(GATES, model, names)
+    if file is not None:
+        say(f"{args.model} has no gates.safetensors: using {file}, which comes with this program")
+    return file
+
+
+def tau_for(share, gates, kv, lengths):
+    """The tau at which texts of these lengths keep about this share of a dense cache's bytes.
+
+    kv: an empty cache of one sequence, which says what pages cost. One tau is for all texts
+    together: the share is that of their sum. UserError for less than what their windows take.
+    """
+    def page_bytes(tokens):
+        """Of all promoted tokens, if every token were promoted."""
+        return kv.L * kv.Hkv * pages_for(max(0, tokens - kv.window)) * kv.page_bytes()
+
+    def kept(tau):
+        return len(lengths) * kv.fixed_bytes() + sum(
+            page_bytes(n) * page_share(gates.quantiles, tau, n) for n in lengths)
+
+    dense = 2 * kv.L * kv.Hkv * kv.D * kv.dtype.itemsize * sum(lengths)
+    least = len(lengths) * kv.fixed_bytes() / dense
+    if share < least:
+        percent = math.ceil(1000 * least) / 10
+        windows = "the window takes" if len(lengths) == 1 else "the windows take"
+        raise UserError(f"--keep {share:.1%} of a dense cache of {sum(lengths):,} tokens is too "
+                        f"little: without any promoted token {windows} {percent:.1f}%")
+    shortest, longest = min(gates.quantiles), max(gates.quantiles)
+    if min(lengths) < shortest or max(lengths) > longest:
+        say(f"warning: the gates' quantiles are of texts from {shortest:,} to {longest:,} tokens; "
+            f"at {max(lengths):,} another share than {share:.1%} may be kept")
+
+    # What is kept falls as tau rises, so we halve an interval, of log tau.
+    low, high = math.log(1e-30), 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if kept(math.exp(middle)) > share * dense:
+            low = middle
+        else:
+            high = middle
+    return float(f"{math.exp(high):.6g}")               # short enough to be typed after --tau
 
 
 def main(argv=None):

@@ -43,6 +43,7 @@ import generate
 import model as M
 import train
 from common import HERE, UserError, run_program
+from files import page_share
 from generate import BYTE_TOKEN, Text, TextStream, kept_page, sampler, token_texts
 from model import Config, Llama, SINGLE
 from test_wgkv import Bomb, official, refused
@@ -713,6 +714,31 @@ def good(tmp_path_factory):
     Gates.for_model(model).save(folder / "gates.safetensors", model)
     torch.save(official_gates(12), folder / "gates.pt")
     return SimpleNamespace(folder=folder, model=model)
+
+
+BAD_QUANTILES = ["", "x", "nan", "{", "[]", "{}", "3", "[" * 10**5, '{"256": []}', '{"256": 3}',
+                 '{"-1": ASCENDING}', '{"0": ASCENDING}', '{"1e3": ASCENDING}', '{"": ASCENDING}',
+                 '{"9999999999": ASCENDING}', '{"256": ASCENDING, "512": [1]}', "ASCENDING",
+                 *(f'{{"256": [0.1, {bad}]}}'
+                   for bad in ("NaN", "2", "-1", '"x"', "true", "null", "1e999"))]
+
+
+def test_hostile_quantiles_are_refused(good, tmp_path, little_memory):
+    """NaN, or quantiles that do not ascend, from which --keep would choose any tau."""
+    tensors = load_file(good.folder / "gates.safetensors")
+    metadata = safe_open(good.folder / "gates.safetensors", "pt").metadata()
+    path = tmp_path / "gates.safetensors"
+    ascending = [n / 64 for n in range(65)]
+    bad = [text.replace("ASCENDING", json.dumps(ascending)).replace("0.1, ", "0.1, " * 64)
+           for text in BAD_QUANTILES]
+    bad += [json.dumps({"256": values}) for values in
+            (ascending[::-1], [0.0, *ascending], ascending[:-1])]
+    bad.append(json.dumps({str(n): ascending for n in range(256, 1256)}))
+    for text in bad:
+        save_file(tensors, path, {**metadata, "quantiles": text})
+        refused(lambda: Gates.load(path, good.model), str(path), "quantiles")
+    save_file(tensors, path, {**metadata, "quantiles": json.dumps({"512": ascending})})
+    assert Gates.load(path, good.model).quantiles == {512: ascending}
 
 
 def test_every_bad_value_in_the_metadata_of_gates(good, tmp_path, little_memory):
@@ -1501,7 +1527,7 @@ def test_json_has_the_promised_keys_and_is_the_last_line(capsys, prompt):
     figures = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert set(figures) == set(
         "prompt_tokens new_tokens first_use_s prefill_s decode_s kept_share kept_bytes dense_bytes "
-        "peak_bytes model gates device dtype seed".split())
+        "peak_bytes model gates device dtype seed tau".split())
     tokens = figures["prompt_tokens"] + figures["new_tokens"] - 1
     assert figures["dense_bytes"] == 2 * 8 * 4 * 32 * 4 * tokens
 
@@ -1635,6 +1661,78 @@ def test_read_once_ask_often(options, capsys, monkeypatch, tmp_path, prompt):
         status = run_program(generate.main, ["--load-cache", cache, "--prompt", str(question),
                                              "--device", "cpu", *options, *wrong])
         assert status == 2 and words in capsys.readouterr().err
+
+
+def test_keep_lands_near_the_share_on_unseen_text(capsys, tmp_path):
+    """The dial: shares that are missed by more than two points, at any length and share."""
+    text = tmp_path / "text.txt"
+    for size, shares in ((len(STORY), (0.05, 0.15, 0.5)), (len(STORY) // 3, (0.15, 0.3, 0.5))):
+        text.write_text(STORY[:size])
+        for share in shares:
+            assert generate.main(["--prompt", str(text), "--keep", str(share), "--device", "cpu",
+                                  "--max-new-tokens", "2", "--json"]) == 0
+            err = capsys.readouterr().err
+            figures = json.loads(err.splitlines()[-1])
+            assert abs(figures["kept_share"] - share) < 0.02, (size, figures)
+            assert f"chosen for --keep {share:.1%}" in err
+
+
+def test_keep_of_several_texts_is_their_sum(capsys, tmp_path):
+    """A tau that fits the longest of several texts and is too low for the others."""
+    names = [str(tmp_path / f"{n}.txt") for n in range(3)]
+    for name, size in zip(names, (2500, 5000, 9000)):
+        Path(name).write_text(STORY[-size:])
+    assert generate.main(["--prompt", *names, "--batch", "2", "--keep", "30%", "--device", "cpu",
+                          "--max-new-tokens", "2", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert abs(figures["kept_share"] - 0.3) < 0.02
+
+
+def test_a_cache_saved_with_keep_goes_on_with_its_tau(capsys, monkeypatch, tmp_path):
+    """Who saved with --keep does not know the tau that a loading cache must have."""
+    text = tmp_path / "text.txt"
+    text.write_text(STORY[-4000:])
+    cache = str(tmp_path / "x.cache")
+    options = ["--max-new-tokens", "3"]
+    type_in(monkeypatch, b"And?\n")
+    together = answer(capsys, "--prompt", str(text), "--keep", "30%", "--interactive", *options)
+    first = answer(capsys, "--prompt", str(text), "--keep", "30%", "--save-cache", cache, *options)
+    type_in(monkeypatch, b"And?\n")
+    assert first + answer(capsys, "--load-cache", cache, "--interactive", *options) == together
+    assert float(safe_open(cache, "pt").metadata()["tau"]) not in (0.1, 0.0, 1.0)
+
+
+def test_keep_needs_quantiles(capsys, tmp_path, prompt):
+    """A file without them works as ever; only --keep is refused, with the way to add them."""
+    metadata = safe_open(TINY_FOLDER / "gates.safetensors", "pt").metadata()
+    del metadata["quantiles"]
+    path = str(tmp_path / "old.safetensors")
+    save_file(load_file(TINY_FOLDER / "gates.safetensors"), path, metadata)
+    options = ["--prompt", prompt, "--max-new-tokens", "2"]
+    assert answer(capsys, *options, "--gates", path) == answer(capsys, *options)
+    torch.save(official(8, 4, 32, 4, torch.Tensor.bfloat16), tmp_path / "x.pt")
+    for gates, words in ((path, "train.py --calibrate"), (str(tmp_path / "x.pt"), "--convert")):
+        argv = [*options, "--keep", "60%", "--gates", gates, "--device", "cpu"]
+        assert run_program(generate.main, argv) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert gates in said and words in said and "--calibrate" in said
+
+
+def test_a_share_at_its_least_and_beyond_the_known_lengths(tiny, capsys):
+    """A least share that is refused all the same; a text of another length, without a remark."""
+    model, _ = tiny
+    gates = Gates.load(TINY_FOLDER / "gates.safetensors", model)
+    kv = DualCache(model, gates)
+    with pytest.raises(UserError) as e:
+        generate.tau_for(0.01, gates, kv, [1000])
+    least = float(re.search(r"takes ([\d.]+)%", str(e.value))[1]) / 100
+    assert least == pytest.approx(kv.fixed_bytes() / (1000 * 2 * 8 * 4 * 32 * 4), abs=1e-3)
+    assert generate.tau_for(least, gates, kv, [1000]) > 0.99
+    taus = [generate.tau_for(share, gates, kv, [1000]) for share in (0.2, 0.4, 0.8, 1.0)]
+    assert taus == sorted(taus, reverse=True) and taus[-1] < 1e-4
+    assert capsys.readouterr().err == ""
+    assert generate.tau_for(0.3, gates, kv, [20_000]) > 0
+    assert "from 256 to 8,192 tokens; at 20,000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, words", [
@@ -1797,6 +1895,14 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--admit 1.5": "--admit",
     "--tau -1": "--tau: should be a number from 0 to 1, it is '-1'",
     "--tau nan": "--tau",
+    "--keep 120%": "--keep: should be a number from 0 to 100, it is '120'",
+    "--keep much": "--keep: should be a number from 0 to 1, it is 'much'",
+    "--keep nan%": "--keep",
+    "--keep 15% --tau 0.1": "--tau",
+    "--keep 15% --admit 0.1": "--admit",
+    "--keep 15% --dense": "--dense",
+    "--keep 15% --prompt A --load-cache x": "--keep",
+    "--keep 3%": "3,860 tokens is too little: without any promoted token the window takes 3.5%",
     "--temperature -1": "--temperature",
     "--temperature inf": "--temperature",
     "--temperature 1 --top-p 0": "--top-p",
@@ -1901,6 +2007,55 @@ def test_what_is_not_there_is_said(capsys, monkeypatch, tmp_path):
     assert run_program(generate.main, ["--device", "cuda"]) == 2
     gates, gpu = capsys.readouterr().err.splitlines()
     assert "--gates" in gates and "train.py" in gates and "no CUDA device" in gpu
+
+
+def test_gates_that_come_with_the_repository(capsys, monkeypatch, tmp_path):
+    """Others' gates taken for a model, or its own passed over for the bundled ones."""
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    monkeypatch.setattr(generate, "GATES", gates)
+    folder = tmp_path / "Some-Model"
+    folder.mkdir()
+    link_tiny(folder, but=["gates.safetensors", "config.json"])
+    config = json.loads((TINY_FOLDER / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Llama.from_pretrained(folder)
+    args = SimpleNamespace(model=str(folder), gates=None, admit="gates")
+
+    def found():
+        try:
+            file = generate.make_admission(args, model)[1]
+        except UserError as e:
+            assert "has no gates.safetensors" in str(e)
+            return None
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and file in said and "comes with this program" in said
+        return Path(file).name
+
+    own = Gates.load(TINY_FOLDER / "gates.safetensors", model)
+    assert found() is None
+    model.name = "other"
+    own.save(gates / "a.safetensors", model)
+    model.name = "Some-Model"
+    other = Llama(Config(num_layers=2, head_dim=16)).eval()
+    other.name = "Some-Model"
+    Gates.for_model(other).save(gates / "some-model.safetensors", other)
+    assert found() is None                              # another name, another shape
+    (gates / "some-model.safetensors").unlink()
+
+    shutil.copy(gates / "a.safetensors", gates / "SOME-model.safetensors")
+    assert found() == "SOME-model.safetensors"          # by the file's name
+    (gates / "SOME-model.safetensors").unlink()
+    own.save(gates / "b.safetensors", model)
+    assert found() == "b.safetensors"                   # by the metadata
+    model.name = "Owner/some-Model"                     # as a name on the hub
+    assert found() == "b.safetensors"
+    model.name = "renamed"
+    assert found() is None
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "x/Some-Model"}))
+    assert found() == "b.safetensors"
+    own.save(folder / "gates.safetensors", model)
+    assert generate.make_admission(args, model)[1] == str(folder / "gates.safetensors")
 
 
 def test_an_official_checkpoint_says_which_window_and_tau_it_runs_under(capsys, monkeypatch):
@@ -2350,9 +2505,9 @@ def test_training_writes_gates_that_fit_and_repeat(tmp_path, capsys, monkeypatch
     assert f"generate.py --model {TINY_FOLDER} --gates {out}" in err
     wanted = {**json.loads(json.dumps(vars(train.BUNDLED))), "steps": 2, "seq_len": [256],
               "tokens_per_step": 512, "window": 32}
-    written = [json.loads(value) for value in safe_open(out, "pt").metadata().values()
-               if value.startswith("{")]
-    assert written == [wanted]
+    metadata = safe_open(out, "pt").metadata()
+    assert [key for key, value in metadata.items() if value == json.dumps(wanted)] == ["recipe"]
+    assert list(json.loads(metadata["quantiles"])) == ["256"] and "--keep can use it" in err
     assert f"config: {json.dumps(wanted)}\n" in err
     assert generate.main(["--prompt", prompt, "--gates", out, "--max-new-tokens", "1",
                           "--device", "cpu"]) == 0
@@ -2663,6 +2818,80 @@ def test_convert(tmp_path, capsys):
         assert torch.equal(a, b)
     err = run_with_error([*argv, "--model", str(TINY_FOLDER)], 2, capsys)
     assert "8 layers, 4 KV heads of 32" in err
+
+
+# ------------------------------------------------------------------------------------- calibration
+
+@torch.no_grad()
+def plain_pages(model, gates, ids, tau):
+    """Pages that a text opens at this tau, and all that it could: row by row, token by token."""
+    log = generate.GateLog(gates)
+    kv = DualCache(model, log, window=gates.window, tau=tau)
+    generate.prefill(model, kv, [ids], chunk=100)
+    opened = 0
+    for row in log.gates()[..., :len(ids) - gates.window].flatten(0, 1).tolist():
+        opened += math.ceil(sum(g >= tau for g in row) / P)
+    assert opened == int(pages_for(kv.counts).sum())
+    return opened, kv.counts.numel() * math.ceil((len(ids) - gates.window) / P)
+
+
+def test_quantiles_equal_a_plain_count(tiny):
+    """Gates of tokens still in the window counted, tokens taken for pages, a cut off by one."""
+    model, text = tiny
+    gates = Gates.load(TINY_FOLDER / "gates.safetensors", model)
+    ids = torch.tensor(text.encode(STORY))
+    quantiles = train.measure_quantiles(model, gates, lambda rng, n: (ids[:n], None), 512, 1500, 0)
+    assert list(quantiles) == [512, 724, 1024, 1448, 1500]
+    half = quantiles[1500][[level > 0.5 for level in train.LEVELS].index(True)]
+    for length in (724, 1500):
+        for tau in (gates.tau, half):
+            opened, pages = plain_pages(model, gates, ids[:length].tolist(), tau)
+            here = train.opening_gates(model, gates, [ids[:length].tolist()], [length], tau)
+            assert len(here[length]) == pages and int((here[length] >= tau).sum()) == opened
+            # The second measurement is at a tau of half the longest text's pages.
+            wrong = abs(page_share(quantiles, tau, length) - opened / pages)
+            assert wrong < (0.01 if tau == gates.tau else 0.02), (length, tau)
+    assert page_share(quantiles, 1.1, 700) == 0 and page_share(quantiles, 1e-20, 700) == 1
+
+
+def test_calibrate_changes_nothing_else_in_a_file(trainee, tmp_path, capsys, monkeypatch):
+    """Gates that come out rounded, or without their recipe; quantiles that differ each time."""
+    out = tmp_path / "g.safetensors"
+    assert train.main([*trainee, "--out", str(out), "--gates-dtype", "bfloat16"]) == 0
+    trained = out.read_bytes()
+    assert b'"BF16"' in trained and b'"F32"' not in trained
+    metadata = safe_open(out, "pt").metadata()
+    before = {key: value for key, value in metadata.items() if key != "quantiles"}
+    assert json.loads(metadata["quantiles"])
+    save_file(load_file(out), out, before)
+    plain = load_file(out)
+
+    def calibrate(*argv):
+        return train.main(["--calibrate", str(out), *trainee[:2], "--device", "cpu", *argv])
+
+    assert calibrate("--data", trainee[3]) == 0
+    first = out.read_bytes()
+    metadata = safe_open(out, "pt").metadata()
+    quantiles = json.loads(metadata.pop("quantiles"))
+    assert metadata == before and list(quantiles)[::2] == ["256", "512", "1024"]
+    same_gates(out, tmp_path / "g.safetensors")
+    for name, tensor in load_file(out).items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, plain[name])
+    assert calibrate("--data", trainee[3]) == 0
+    assert out.read_bytes() == first
+
+    # Whatever goes wrong leaves the file as it was; without data the model writes the text.
+    (tmp_path / "short.txt").write_text("Too short.")
+    for argv, words in ((["--data", str(tmp_path / "short.txt")], "short.txt"),
+                        (["--convert", "x.pt"], "--convert"), (["--tasks"], "--tasks"),
+                        (["--calibrate", str(tmp_path / "x.pt")], "--convert"),
+                        (["--calibrate", trainee[3]], "story.txt")):
+        argv = ["--calibrate", str(out), *trainee[:2], *argv]
+        assert words in run_with_error(argv, 2, capsys)
+        assert out.read_bytes() == first
+    monkeypatch.setattr(train, "LONGEST", 300)
+    assert calibrate() == 0
+    assert list(json.loads(safe_open(out, "pt").metadata()["quantiles"])) == ["256", "300"]
 
 
 BAD_OPTIONS = [

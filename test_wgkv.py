@@ -1075,6 +1075,33 @@ def test_gate_files(tmp_path, capsys):
     refused(lambda: Gates.load(tmp_path / "absent", model), "absent")
 
 
+def test_gates_in_bf16(tmp_path, capsys):
+    """Half the file, rounded once. Faults: gates that compute in bf16, or of whole numbers."""
+    model = small_llama()
+    gates = perturbed_gates(3, 2, 16)
+    gates.quantiles = {256: [n / 64 for n in range(65)]}
+    gates.save(tmp_path / "fp32", model)
+    gates.save(tmp_path / "bf16", model, dtype=torch.bfloat16)
+    sizes = [os.path.getsize(tmp_path / name) for name in ("fp32", "bf16")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = Gates.load(tmp_path / "bf16", model)
+    for a, b in zip(gates.parameters(), loaded.parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b)
+    assert loaded.quantiles == gates.quantiles
+
+    meta = safe_open(tmp_path / "bf16", "pt").metadata()
+    tensors = {name: x.half() for name, x in load_file(tmp_path / "bf16").items()}
+    save_file(tensors, tmp_path / "fp16", meta)
+    refused(lambda: Gates.load(tmp_path / "fp16", model), "F16", "F32 or BF16")
+    assert capsys.readouterr().err == ""
+
+    other = small_llama(1)                      # the same model's name, other weights
+    model.name, other.name = "hub/A-Model", "a-model"
+    gates.save(tmp_path / "g", model)
+    Gates.load(tmp_path / "g", other)
+    assert "other weights of a-model" in capsys.readouterr().err
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     """A full disk never leaves half a file where a good one was."""
     model = small_llama()

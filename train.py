@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
-from common import (HERE, Parser, UserError, check_writable, free_bytes, model_options,
+from common import (DTYPES, HERE, Parser, UserError, check_writable, free_bytes, model_options,
                     process_group, progress, quoted, read_text, reading, real, replacing,
                     run_program, say, torchrun_processes, whole)
 
@@ -44,11 +44,11 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from files import fingerprint, load_official
-from generate import Text, decode, load_model, prefill, sampler
+from files import LEVELS, fingerprint, load_official, write_quantiles
+from generate import GateLog, Text, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
-from wgkv import DenseCache, DualCache, Gates, RandomAdmission, SoftAttention, sparsity_loss
+from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, SoftAttention, sparsity_loss
 
 EXAMPLES = """examples:
   python train.py                               the bundled model: no data, minutes on a laptop
@@ -58,6 +58,8 @@ EXAMPLES = """examples:
                                                 on four GPUs
   python train.py --convert official.pt --model FOLDER
                                                 convert the authors' gates, no training
+  python train.py --calibrate gates.safetensors --model FOLDER --data TEXT
+                                                what generate.py --keep needs, into any gate file
 
 Beside the gates OUT, a run writes OUT.log.jsonl, one line a step and the validation last. Until it
 is complete, it keeps OUT.resume, from which --resume continues."""
@@ -250,15 +252,7 @@ def split_text(documents, text, config, source):
     With --chat, a sample begins as the chat template does, up to where the user's text begins. As
     in the paper, it leaves off what the template puts after the text.
     """
-    head = text.begin
-    if config.chat:
-        turn = text.chat([dict(role="user", content=INSTRUCTION + PLACEHOLDER)])
-        head = text.encode(turn.partition(PLACEHOLDER)[0], control=True)
-    encoded = []
-    with progress(len(documents), "tokenizing", "documents") as bar:
-        for document in documents:
-            encoded.append(torch.tensor(text.encode(document, begin=False), dtype=torch.int32))
-            bar.update()
+    head, encoded = encode_documents(documents, text, config)
     encoded.sort(key=len)
 
     shortest = min(config.seq_len) - len(head)
@@ -275,6 +269,20 @@ def split_text(documents, text, config, source):
 
     say(f"documents to train on: {len(training):,}, of {sum(map(len, training)):,} tokens")
     return text_samples(training, head), text_samples(held_out, head)
+
+
+def encode_documents(documents, text, config):
+    """(ids that a sample begins with, the ids of each document)."""
+    head = text.begin
+    if config.chat:
+        turn = text.chat([dict(role="user", content=INSTRUCTION + PLACEHOLDER)])
+        head = text.encode(turn.partition(PLACEHOLDER)[0], control=True)
+    encoded = []
+    with progress(len(documents), "tokenizing", "documents") as bar:
+        for document in documents:
+            encoded.append(torch.tensor(text.encode(document, begin=False), dtype=torch.int32))
+            bar.update()
+    return head, encoded
 
 
 def hold_out(documents, shortest, longest):
@@ -704,6 +712,69 @@ def validate(model, gates, make_sample, config):
     return result
 
 
+CALIBRATION_TOKENS = 32768      # of all samples, unless four of them have more
+LONGEST = 32768                 # tokens of a sample, unless the training had longer ones
+
+
+def measure_quantiles(model, gates, make_sample, shortest, longest, seed):
+    """{length: the quantiles of opening gates} for texts of some lengths; see files.LEVELS.
+
+    A gate depends on what came before it alone, so a few long samples are measured, and the gates
+    of a shorter text are the first ones of a long one. Samples of `longest` tokens, of half as many
+    if no text is that long, and so on; lengths from `shortest` on, two for each doubling.
+
+    A key of an upper layer depends on what the layers below admitted, so its gate depends on the
+    tau of the run. We measure twice: at the gates' own tau, and at one that opens about half of all
+    pages. (For the bundled gates, the first alone keeps 49.2% where 50% were asked for.) Between
+    the shares of these two we go from the one to the other in proportion.
+    """
+    while longest > shortest and len(make_sample(random.Random(seed), longest)[0]) < 0.9 * longest:
+        longest = max(shortest, longest // 2)
+    samples = []
+    for n in range(max(4, CALIBRATION_TOKENS // longest)):
+        rng = random.Random(f"{seed}/calibration/{n}")
+        samples.append(make_sample(rng, longest)[0].tolist())
+    doublings = math.log2(longest / shortest)
+    lengths = [round(shortest * 2 ** (n / 2)) for n in range(math.ceil(2 * doublings))] + [longest]
+
+    shares = 1 - torch.tensor(LEVELS)
+    at_own = opening_gates(model, gates, samples, lengths, gates.tau)
+    half = at_own[longest].quantile(0.5).item()
+    at_half = opening_gates(model, gates, samples, lengths, half)
+    quantiles = {}
+    for length in lengths:
+        own, other = at_own[length], at_half[length]
+        own_share = (own >= gates.tau).float().mean()
+        other_share = (other >= half).float().mean()
+        weight = (shares - own_share) / (other_share - own_share)
+        weight = weight.nan_to_num(0.0).clamp(0, 1)     # NaN: both shares are the same
+        own, other = (g.quantile(torch.tensor(LEVELS)).clamp(1e-30, 1).log() for g in (own, other))
+        both = own.lerp(other, weight).exp().cummax(dim=0).values           # (65,)
+        quantiles[length] = [float(f"{g:.6g}") for g in both.clamp(max=1).tolist()]
+    return quantiles
+
+
+@torch.no_grad()
+def opening_gates(model, gates, samples, lengths, tau):
+    """{length: the opening gates of all samples cut to this length}, read at this tau.
+
+    samples: lists of ids. In a row, promoted tokens 1, 65, 129, ... each open a page. So of its
+    gates in falling order every 64th counts; and only gates of tokens that have left the window.
+    """
+    opening = {length: [] for length in lengths}
+    with progress(sum(map(len, samples)), "calibration", "tokens") as bar:
+        for ids in samples:
+            log = GateLog(gates)
+            kv = DualCache(model, log, window=gates.window, tau=tau)
+            prefill(model, kv, [ids], advance=bar.update)
+            g = log.gates()                                                 # (L, Hkv, S)
+            for length in lengths:
+                left = g[..., :max(0, min(length, len(ids)) - gates.window)]
+                in_order = left.sort(dim=-1, descending=True).values
+                opening[length].append(in_order[..., ::P].flatten())
+    return {length: torch.cat(parts) for length, parts in opening.items()}
+
+
 def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: None,
              read=prefill):
     """Greedy answers to the questions of documents.
@@ -788,8 +859,13 @@ def parse(argv):
                        help="continue the run whose state is in OUT.resume")
     group.add_argument("--save-every", type=whole(1), default=50, metavar="N",
                        help="write OUT.resume every N steps (default: 50)")
+    group.add_argument("--gates-dtype", choices=("float32", "bfloat16"), default="float32",
+                       help="of the gates in OUT: bfloat16 halves the file (default: float32)")
     group.add_argument("--convert", metavar="FILE.pt",
                        help="do not train: convert these official gates to OUT")
+    group.add_argument("--calibrate", metavar="FILE",
+                       help="do not train: measure, on --data or on what the model writes, what "
+                       "generate.py --keep needs to know of these gates, and add it to FILE")
     args = parser.parse_args(argv)
 
     given = {}
@@ -853,9 +929,14 @@ def lengths(text):
 
 def check(args, config):
     """UserError for settings that are at odds with each other, before anything slow."""
+    if args.calibrate is not None and (args.convert is not None or config.tasks):
+        raise UserError("--calibrate goes with --data, without --tasks and --convert")
     if config.chat and (config.tasks or not args.data):
         raise UserError("--chat is for the plain text of --data, not for --tasks or what the model "
                         "writes")
+    if args.calibrate is not None:
+        check_writable(args.calibrate)
+        return
     check_lengths(config)
     for suffix in ("", ".resume", ".log.jsonl"):
         check_writable(args.out + suffix)
@@ -887,8 +968,40 @@ def convert(args):
     gates = load_official(Gates, args.convert, model)
     gates.window = args.window or gates.window
     gates.tau = args.tau or gates.tau
-    gates.save(args.out, model, args.lam or 0.0)
-    say(f"{args.out} written: {args.convert} with window {gates.window} and tau {gates.tau}")
+    gates.save(args.out, model, args.lam or 0.0, dtype=DTYPES[args.gates_dtype])
+    say(f"{args.out} written: {args.convert} with window {gates.window} and tau {gates.tau} "
+        "(--calibrate adds what generate.py --keep needs)")
+
+
+def calibrate(args, config):
+    """Add the quantiles of its gates to a gate file, or renew them. Nothing else in it changes."""
+    if args.calibrate.endswith(".pt"):
+        raise UserError(f"{args.calibrate}: an official checkpoint has no place for quantiles: "
+                        "make a gate file of it with --convert, and calibrate that")
+    documents = read_documents(args.data) if args.data else []
+    text = Text(args.model)
+    model = load_model(args)
+    gates = Gates.load(args.calibrate, model)
+    if not documents:
+        # Passages of its own, in one text, twice as long as the longest sample.
+        num_tokens = 2 * min(model.config.max_positions, LONGEST)
+        documents = [generate_prose(model, text, num_tokens, config.seed)]
+    head, encoded = encode_documents(documents, text, config)
+    shortest = max(256, 2 * gates.window)
+    available = len(head) + max(map(len, encoded))
+    if available < shortest:
+        raise UserError(f"--data {args.data}: the longest document has {available:,} tokens; to "
+                        f"calibrate gates with a window of {gates.window} takes {shortest:,}")
+    longest = min(model.config.max_positions, LONGEST)
+    quantiles = measure_quantiles(model, gates, text_samples(encoded, head), shortest,
+                                  max(shortest, longest), config.seed)
+    write_quantiles(args.calibrate, quantiles)
+    say_calibrated(args.calibrate, quantiles)
+
+
+def say_calibrated(path, quantiles):
+    say(f"{path} has quantiles for texts of {min(quantiles):,} to {max(quantiles):,} tokens now: "
+        "generate.py --keep can use it")
 
 
 def run(args, config):
@@ -936,7 +1049,13 @@ def run(args, config):
         write_gates(args, config, model, files, done, why)
         if why == "interrupted":
             return 130
+        gates = Gates.load(args.out, model)         # as they are in the file, perhaps in bf16
         files.log(dict(validation=validate(model, gates, make_held_out, config)))
+        longest = max(min(positions, LONGEST), *config.seq_len)
+        quantiles = measure_quantiles(model, gates, make_held_out, min(config.seq_len), longest,
+                                      config.seed)
+        write_quantiles(args.out, quantiles)
+        say_calibrated(args.out, quantiles)
         os.unlink(files.resume_path)
     if with_table:
         final_table(model, text, gates, args, config)
@@ -955,7 +1074,8 @@ def write_gates(args, config, model, files, done, why):
     if done:
         try:
             files.gates.eval().requires_grad_(False)
-            files.gates.save(args.out, model, config.lam, json.dumps(asdict(config)))
+            files.gates.save(args.out, model, config.lam, json.dumps(asdict(config)),
+                             DTYPES[args.gates_dtype])
         except UserError as e:
             raise UserError(f"{e}; make room, then --resume continues from {files.resume_path}"
                             ) from None
@@ -974,6 +1094,9 @@ def main(argv=None):
     args, config = parse(argv)
     if args.convert:
         convert(args)
+        return 0
+    if args.calibrate:
+        calibrate(args, config)
         return 0
     with process_group(args):
         return run(args, config)

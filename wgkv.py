@@ -201,6 +201,7 @@ class Gates(nn.Module):
         self.window = window
         self.tau = tau
         self.expansion = expansion
+        self.quantiles = {}     # of gates, by length of the text: see files.page_share
         self.layers = nn.ModuleList(Gate(Hkv, D, expansion) for _ in range(L))
 
     @classmethod
@@ -222,9 +223,9 @@ class Gates(nn.Module):
             digest.update(p.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, path, model, lam=0.0, recipe=""):
+    def save(self, path, model, lam=0.0, recipe="", dtype=torch.float32):
         """Write one safetensors file; see files.save_gates."""
-        files.save_gates(self, path, model, lam, recipe)
+        files.save_gates(self, path, model, lam, recipe, dtype)
 
     @classmethod
     def load(cls, path, model):
