@@ -160,8 +160,8 @@ def fit(task, tokens, text, compose, answers):
 def split_turn(text, context, question):
     """(body, question) of a first user turn.
 
-    The frame matters to a small model: SmolLM2-135M found 100% of 16 needles with these words, 69%
-    without them, when it took the question for the book's next line.
+    The frame matters to a small model: with full attention SmolLM2-135M-Instruct found 16 of 16
+    needles in 600 tokens with these words, and 11 without them, when it went on with the book.
     """
     question = f"\n\nQuestion about the text: {question}"
     turn = text.insert(f"Here is a text:\n\n{context}{question}", replies=0)
@@ -287,7 +287,8 @@ def second_turn(haystack, tokens, text, rng, question, answer):
     return fit("chat", tokens, text, two_turns, [answer])
 
 
-# Each answer has one usual form, and no part of it is in the question.
+# Each answer has one usual form and is not a part of common words or of its question: we look for
+# it anywhere in what the model says.
 PAGE = [
     ("What is the capital of France?", "Paris"),
     ("What is the capital of Italy?", "Rome"),
@@ -311,22 +312,22 @@ PAGE = [
     ("Which is the largest ocean on Earth?", "Pacific"),
     ("Which river flows through Cairo?", "Nile"),
     ("Which is the highest mountain on Earth?", "Everest"),
-    ("What is 2 plus 3? Answer with digits.", "5"),
+    ("What is 8 plus 4? Answer with digits.", "12"),
     ("What is 7 plus 6? Answer with digits.", "13"),
-    ("What is 10 minus 4? Answer with digits.", "6"),
-    ("What is 3 times 4? Answer with digits.", "12"),
+    ("What is 30 minus 10? Answer with digits.", "20"),
+    ("What is 3 times 5? Answer with digits.", "15"),
     ("What is 5 times 5? Answer with digits.", "25"),
     ("What is 20 divided by 2? Answer with digits.", "10"),
     ("What is 100 minus 1? Answer with digits.", "99"),
     ("How many minutes are there in an hour? Answer with digits.", "60"),
     ("How many hours are there in a day? Answer with digits.", "24"),
-    ("How many days are there in a week? Answer with digits.", "7"),
+    ("How many days are there in a year? Answer with digits.", "365"),
     ("How many months are there in a year? Answer with digits.", "12"),
-    ("How many legs does a spider have? Answer with digits.", "8"),
-    ("How many sides does a triangle have? Answer with digits.", "3"),
+    ("In which year did the Second World War end?", "1945"),
+    ("How many degrees does a right angle have? Answer with digits.", "90"),
     ("How many cents are there in a dollar? Answer with digits.", "100"),
     ("What is the chemical formula of water?", "H2O"),
-    ("What is the chemical symbol of gold?", "Au"),
+    ("Which metal has the chemical symbol Au?", "gold"),
     ("Which gas do plants take from the air?", "carbon dioxide"),
     ("Which gas do we need to breathe?", "oxygen"),
     ("Which planet do we live on?", "Earth"),
@@ -336,7 +337,7 @@ PAGE = [
     ("Which force pulls things to the ground?", "gravity"),
     ("Which organ pumps blood through the body?", "heart"),
     ("Which organ do we think with?", "brain"),
-    ("What is frozen water called?", "ice"),
+    ("What do cows give us to drink?", "milk"),
     ("What do bees make that people eat?", "honey"),
     ("What is the opposite of hot?", "cold"),
     ("What is the opposite of big?", "small"),
@@ -438,17 +439,17 @@ def read_nats(model, kv, prompts, chunk=4096):
 def make_passages(documents, tokens, count, text, seed):
     """`count` stretches of at most `tokens` tokens, and of nearly as many, of random documents."""
     long_enough = [document for document in documents if len(document) > 2 * tokens]
+    sizes = [len(document) for document in long_enough]
     passages = []
     for n in range(count):
         rng = random.Random(f"{seed}/{tokens}/{n}")
-        for _ in range(200):                # a document may turn out to be too short
-            passage = None
-            if long_enough:
-                [document] = rng.choices(long_enough, [*map(len, long_enough)])
-                passage = random_stretch(document, tokens, text, rng)
-            if passage:
-                break
-        else:
+        passage = None
+        tries = 200 if long_enough else 0       # a document can be too short from a line on
+        while passage is None and tries:
+            [document] = rng.choices(long_enough, sizes)
+            passage = random_stretch(document, tokens, text, rng)
+            tries -= 1
+        if passage is None:
             raise UserError(f"no text is long enough for passages of {tokens:,} tokens")
         passages.append(passage)
     return passages
