@@ -192,6 +192,7 @@ def convert_tensors(gguf, reader, config, dtype):
 def make_config(field, dtype):
     """config.json; `field` looks up the metadata of the GGUF file."""
     return dict(
+        _name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",    # finds its gates in gates/
         architectures=["LlamaForCausalLM"],
         model_type="llama",
         vocab_size=field("llama.vocab_size"),
