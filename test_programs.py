@@ -3002,6 +3002,32 @@ def test_more_than_dense_is_explained(kept, remarks, tiny, monkeypatch, capsys):
     assert f"{kept:.1%}" in captured.out and captured.err.count("more than 100%") == remarks
 
 
+# ------------------------------------------------------------------------------- model.py's linear
+
+@pytest.mark.parametrize("shape, rows", (((1, 1), 96), ((3, 1), 96), ((1, 5), 96), ((1, 1), 97),
+                                         ((1,), 64)))
+def test_linear_is_torchs(shape, rows, monkeypatch):
+    """Parts of a product in the wrong order, a forgotten bias, or a shape that is not torch's."""
+    threads = torch.get_num_threads()
+    calls = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(1) or bmm(*args))
+    try:
+        torch.set_num_threads(2)
+        x = torch.randn(*shape, 40)
+        weight, bias = torch.randn(rows, 40), torch.randn(rows)
+        for b in (None, bias):
+            with torch.no_grad():
+                y = M.linear(x, weight, b)
+            torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, b))
+        one_token = x.numel() == 40 and rows % 2 == 0
+        assert len(calls) == (2 if one_token else 0)        # a batch and odd rows go torch's way
+        M.linear(x, weight.requires_grad_()).sum().backward()
+        assert weight.grad is not None and len(calls) == (2 if one_token else 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # --------------------------------------------------------------------------------------- bench.py
 
 def bench_rows(tmp_path, what, *options):
