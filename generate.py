@@ -925,14 +925,14 @@ class Session:
             f"({self.new_tokens} tokens)")
         say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
             f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
-        if self.args.keep is not None:
-            say(f"tau      {f['tau']:8.3g}     chosen for --keep {self.args.keep:.1%}")
         if "processes" in f:
             heaviest = f["heaviest_kept_bytes"] / (f["kept_bytes"] / f["processes"])
             say(f"         ({f['processes']} processes; the heaviest keeps {heaviest:.2f} times "
                 "the mean)")
         if f["kept_share"] > 1:
             say("         (more than dense: whole pages and tables cost more than was refused)")
+        if self.args.keep is not None and self.prompts:
+            say(f"tau      {f['tau']:8.3g}     chosen for --keep {self.args.keep:.1%}")
         if self.args.budget is not None:
             say(f"evicted  {f['evicted_tokens']:8,} tokens of all heads   (evictions: "
                 f"{self.kv.num_evictions}; tau is now {self.kv.tau_now:.3g})")
@@ -1065,7 +1065,8 @@ def parse(argv):
                        help="admit where a gate is at least T (default: as the gate file says)")
     group.add_argument("--keep", type=share, metavar="SHARE",
                        help="choose tau so that about this share of a dense cache's bytes is kept, "
-                       "as in 15%% or 0.15 (the gate file needs quantiles: train.py --calibrate)")
+                       "as in 15%% or 0.15: once, for the prompt (with --interactive the first) "
+                       "and --max-new-tokens. The gate file needs quantiles: train.py --calibrate")
     group.add_argument("--dense", action="store_true", help="a dense cache: keep everything")
     group.add_argument("--budget", type=size_or_share, metavar="SIZE",
                        help="never hold more: bytes as in 256MiB, or a share of a dense cache, as "
