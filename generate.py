@@ -905,7 +905,7 @@ class Session:
         return dict(
             prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
             first_use_s=round(self.first_use_s, 4), prefill_s=round(self.prefill_s, 4),
-            decode_s=round(self.decode_s, 4), kept_share=round(kept / max(dense, 1), 4),
+            decode_s=round(self.decode_s, 4), kept_share=round(kept / dense, 4) if dense else None,
             kept_bytes=kept, dense_bytes=dense, peak_bytes=peak_bytes(self.model.device),
             model=self.args.model, gates=self.gates, device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed,
@@ -914,6 +914,8 @@ class Session:
     def report(self):
         """The figures, for people."""
         f = self.figures()
+        if f["kept_share"] is None:             # --jsonl, and its file has all answers already
+            return say("no prompt was read")
         prefill_rate = self.prompt_tokens / max(self.prefill_s, 1e-9)
         decode_rate = self.new_tokens / max(self.decode_s, 1e-9)
         say(f"prompt   {self.prompt_tokens:8,} tokens")

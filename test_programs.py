@@ -1572,7 +1572,11 @@ def test_answers_go_to_jsonl_and_are_not_asked_again(capsys, monkeypatch, tmp_pa
                         lambda self, prompts: asked.append(len(prompts)) or answers(self, prompts))
     assert answer(capsys, "--prompt", *files, *options) == together
     assert asked == [4] and len(out.read_text().splitlines()) == 5
-    assert answer(capsys, "--prompt", *files, *options) == together     # nothing is left to ask
+    # Nothing is left to ask, and so there is no share of anything that is kept.
+    assert run_program(generate.main, ["--prompt", *files, *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == together and "no prompt was read" in captured.err
+    assert "kept" not in captured.err
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert sum(row["new_tokens"] for row in rows) == 30
 
