@@ -768,11 +768,9 @@ def bench_saved(model, args):
     """
     policy = admission_policy(model, args)
     for tokens in args.tokens:
-        for side in ("dense", "gated"):
-            def make_kv():
-                return DenseCache(model) if side == "dense" else DualCache(model, policy)
-
-            chunk = tokens if side == "dense" else args.chunk
+        sides = (("dense", lambda: DenseCache(model), tokens),
+                 ("gated", lambda: DualCache(model, policy), args.chunk))
+        for side, make_kv, chunk in sides:
             yield dict(tokens=tokens, side=side, **time_saved(model, make_kv, tokens, chunk, args))
             free_memory(model.device)
 
@@ -922,8 +920,7 @@ def draw_time(pyplot, figures):
 # ---------------------------------------------------------------------------------------- program
 
 BENCHES = dict(kernels=bench_kernels, primitives=bench_primitives, prefill=bench_prefill,
-               decode=bench_decode, serve=bench_serve, saved=bench_saved,
-               train=bench_train)
+               decode=bench_decode, serve=bench_serve, saved=bench_saved, train=bench_train)
 NEED_A_GPU = ("kernels", "primitives", "train")         # what they time is Triton on CUDA
 COLUMNS = dict(
     kernels="tokens dense_s prefill_s ratio mfu decode_s mbu plan_s",

@@ -463,7 +463,7 @@ def check_stored(path, file, name, shape, dtype):
 def finite_parts(path, file, name, at_once, device):
     """(start, stop, part on the device) of a tensor's first dimension, without NaN and infinity.
 
-    It is the device that looks for these: on a GPU that is ten times as fast.
+    The device looks for these: a GPU does it faster than the host.
     """
     with reading(path):
         view = file.get_slice(name)

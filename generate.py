@@ -1065,7 +1065,7 @@ def parse(argv):
                        "share like 0.25")
     group.add_argument("--tau", type=real(0, 1), metavar="T",
                        help="admit where a gate is at least T (default: as the gate file says)")
-    group.add_argument("--keep", type=share, metavar="SHARE",
+    group.add_argument("--keep", type=keep_share, metavar="SHARE",
                        help="choose tau so that about this share of a dense cache's bytes is kept, "
                        "as in 15%% or 0.15: once, for the prompt (with --interactive the first) "
                        "and --max-new-tokens. The gate file needs quantiles: train.py --calibrate")
@@ -1115,7 +1115,7 @@ def admission_rule(text):
     return real(0, 1)({"all": "1", "none": "0"}.get(text, text))
 
 
-def share(text):
+def keep_share(text):
     """The type of --keep: 15% or 0.15."""
     if text.endswith("%"):
         return real(0, 100)(text[:-1]) / 100

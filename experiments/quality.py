@@ -355,9 +355,9 @@ class Experiment:
         args = self.args
         gates = None
         if args.gates or item in GIVEN_GATES:
-            given = self.given_gates()                  # a file that holds no gates is refused here
             # The gates and not their file: calibrating it (train.py --calibrate) changes no row.
-            gates = digest(given.window, [p.tolist() for p in given.parameters()])
+            given = self.given_gates()                  # a file that holds no gates is refused here
+            gates = [given.identity(), given.window, given.tau]
         settings = dict(
             item=item, model=self.model.name, weights=fingerprint(self.model),
             dtype=str(self.model.dtype).removeprefix("torch."), seed=args.seed, cases=args.cases,
@@ -892,16 +892,20 @@ def check(args):
     if 5 in args.item and not (args.books and args.data):
         raise UserError("experiment 5 needs --books, to train on, and another text in --data")
 
-    for name in ("data", "books", "gates"):
-        path = getattr(args, name)
+    check_paths(args, [(name, getattr(args, name)) for name in ("data", "books", "gates")])
+    if args.prompts and not args.score:
+        check_writable(args.prompts)
+
+
+def check_paths(args, inputs):
+    """UserError for inputs (option, path or None) that are not there, or outputs that cannot be."""
+    for name, path in inputs:
         if path is not None and not Path(path).exists():
             raise UserError(f"--{name} {path}: there is no such file or folder")
     if Path(args.work).is_file():
         raise UserError(f"--work {args.work} is a file, it should be a folder")
     if args.json:
         check_writable(args.json)
-    if args.prompts and not args.score:
-        check_writable(args.prompts)
 
 
 def main(argv=None):

@@ -46,8 +46,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench                                                                    # noqa: E402
 import files                                                                    # noqa: E402
 import train                                                                    # noqa: E402
-from common import (Parser, UserError, check_writable, model_options,           # noqa: E402
-                    peak_bytes, progress, real, run_program, say, whole)
+from common import (Parser, UserError, model_options, peak_bytes,               # noqa: E402
+                    progress, real, run_program, say, whole)
 from experiments import chat, quality                                           # noqa: E402
 from generate import Text, load_model                                           # noqa: E402
 from model import CausalAttention, open_tensors, rotate                         # noqa: E402
@@ -738,14 +738,8 @@ def check(args):
         raise UserError("give --way, --lam and --books to train gates, or --evaluate-only FILE")
     if not args.data:
         raise UserError("--data is missing: a book to test the gates on")
-    for name, path in [("books", args.books), ("data", args.data),
-                       *(("evaluate-only", path) for path in args.evaluate_only)]:
-        if path is not None and not Path(path).exists():
-            raise UserError(f"--{name} {path}: there is no such file or folder")
-    if Path(args.work).is_file():
-        raise UserError(f"--work {args.work} is a file, it should be a folder")
-    if args.json:
-        check_writable(args.json)
+    quality.check_paths(args, [("books", args.books), ("data", args.data),
+                               *(("evaluate-only", path) for path in args.evaluate_only)])
 
 
 def main(argv=None):
