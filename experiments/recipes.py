@@ -20,6 +20,8 @@ Each way changes one thing in the paper's recipe (train.py), so that it can be j
     first4          the first four tokens are always admitted
     hidden          the gate sees the layer's hidden state and not the key
 
+Several at once: --way repeat+target.
+
 The bundled model learns from tasks that are hidden in BOOKS and is tested on such tasks. Any other
 is taken for a chat model: it learns from BOOKS as they are, and is tested on prose and on needles
 (chat.py). Gates stay in --work, and are not trained again; rows stay in --json.
@@ -33,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -426,6 +428,25 @@ WAYS = {
 }
 
 
+def way_named(name):
+    """One of WAYS, or several of them at once: "repeat+target"."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in WAYS:
+            raise UserError(f"there is no way called {part}; there are {', '.join(WAYS)}")
+    changes = {}
+    for part in parts:
+        for field in fields(Way):
+            value = getattr(WAYS[part], field.name)
+            if value == field.default:
+                continue
+            if field.name in changes:
+                raise UserError(f"{name}: {part} and another of these ways change the same thing, "
+                                f"{field.name}")
+            changes[field.name] = value
+    return Way(**changes)
+
+
 # ----------------------------------------------------------------------------------------- training
 
 MICRO_BATCH_BYTES = 20 * 2**30      # by train.py's estimate: several processes can share a GPU
@@ -499,8 +520,7 @@ def micro_batches(model, gates, config):
 # --------------------------------------------------------------------------------------- evaluation
 
 # (task, tokens): each group is a table.
-CHAT_TESTS = [[("prose", 2048), ("prose", 4096), ("prose", 8192), ("needle", 1024),
-               ("needle", 2048)]]
+CHAT_TESTS = [[("prose", 4096), ("prose", 8192), ("needle", 1024), ("needle", 2048)]]
 BUNDLED_TESTS = [[(task, tokens) for task in ("facts", "classes", "copy", "prose")]
                  for tokens in (4096, 8192)]
 
@@ -526,7 +546,7 @@ class Comparison:
 
     def trained(self, name, lam):
         """The path of the gates of a way, trained now if they are not there yet."""
-        way = WAYS[name]
+        way = way_named(name)
         config = training_config(self.args, self.model, way, lam)
         facts = (files.fingerprint(self.model), self.model.dtype, name, asdict(config),
                  self.books_identity)
@@ -641,6 +661,8 @@ def training_config(args, model, way=WAYS["paper"], lam=0.0):
     seq_len = tuple(n for n in preset.seq_len if n <= positions) or (positions,)
     config = replace(preset, lam=lam, seed=args.seed, seq_len=args.seq_len or seq_len,
                      steps=args.steps or preset.steps, lr=args.lr or preset.lr,
+                     window=args.window or preset.window,
+                     expansion=args.expansion or preset.expansion,
                      tokens_per_step=args.tokens_per_step or preset.tokens_per_step)
     train.check_lengths(config)
     return replace(config, steps=args.long_steps) if way.long else config
@@ -656,13 +678,17 @@ def describe(path):
     with contextlib.suppress(ValueError, AttributeError):       # gates that train.py has not made
         recipe = json.loads(metadata.get("recipe", ""))
         settings["steps"] = recipe.get("steps")
+        settings["window"] = recipe.get("window")
         settings["policy"] = recipe.get("way", settings["policy"])
     return settings
 
 
 def load(path, model):
     """The gates in a file, of the class that their way has."""
-    way = WAYS.get(describe(path)["policy"], WAYS["paper"])
+    try:
+        way = way_named(describe(path)["policy"])
+    except UserError:                       # gates that another program has made
+        way = WAYS["paper"]
     return way.gates.load(path, model)
 
 
@@ -673,14 +699,17 @@ def print_tables(rows, tables):
     cells = {}
     for row in rows:
         settings = row["settings"]
-        key = (settings["policy"], settings.get("lam", ""), settings.get("gates"))
+        name = settings["policy"]
+        if settings.get("window"):
+            name += f" W={settings['window']}"
+        key = (name, settings.get("lam", ""), settings.get("gates"))
         cells.setdefault(key, {})[settings["task"], settings["tokens"]] = cell(row)
     for tests in tables:
-        print(f"\n{'way':16}{'lam':>7} "
+        print(f"\n{'way':32}{'lam':>7} "
               + "".join(f"{f'{task} {tokens:,}':>15}" for task, tokens in tests))
         for (policy, lam, _), of_policy in cells.items():
             values = "".join(f"{of_policy.get(test, '-'):>15}" for test in tests)
-            print(f"{policy:16.16}{lam:>7} {values}")
+            print(f"{policy:32.32}{lam:>7} {values}")
 
 
 def cell(row):
@@ -700,7 +729,7 @@ def parse(argv):
     parser = Parser(description=__doc__)
     model_options(parser)
     group = parser.add_argument_group("gates")
-    group.add_argument("--way", nargs="+", choices=WAYS, default=[], metavar="NAME",
+    group.add_argument("--way", nargs="+", default=[], metavar="NAME",
                        help="ways to train: " + ", ".join(WAYS))
     group.add_argument("--lam", type=real(0), nargs="+", default=[], metavar="X",
                        help="lambdas: each way is trained with each of them")
@@ -716,6 +745,10 @@ def parse(argv):
                        "(default: 1024,2048,4096,8192; 2048,4096,8192)")
     group.add_argument("--tokens-per-step", type=whole(1), metavar="N", help="default: 32768")
     group.add_argument("--lr", type=real(0), metavar="X", help="the peak (default: 0.001)")
+    group.add_argument("--window", type=whole(1), metavar="W", help="tokens that are always kept "
+                       "(default: 128; 256)")
+    group.add_argument("--expansion", type=real(0), metavar="X", help="a gate has X times as many "
+                       "hidden numbers as a head has dimensions (default: 4)")
 
     group = parser.add_argument_group("tests and output")
     group.add_argument("--data", metavar="TEXT", help="file or folder: a book that is new to the "
@@ -738,6 +771,8 @@ def check(args):
         raise UserError("give --way, --lam and --books to train gates, or --evaluate-only FILE")
     if not args.data:
         raise UserError("--data is missing: a book to test the gates on")
+    for name in args.way:
+        way_named(name)
     quality.check_paths(args, [("books", args.books), ("data", args.data),
                                *(("evaluate-only", path) for path in args.evaluate_only)])
 

@@ -291,6 +291,14 @@ def test_padding_does_not_change_the_prediction(tiny, passages):
         assert torch.allclose(loss(batch), (loss(batch[:1]) + loss(batch[1:])) / 2, atol=1e-4)
 
 
+def test_several_ways_at_once():
+    """A change that is lost, or one that silently replaces another."""
+    way = recipes.way_named("repeat+target+hidden")
+    assert way.repeats == WAYS["repeat"].repeats and way.gates is WAYS["hidden"].gates
+    assert way.price is WAYS["target"].price and not way.long
+    assert recipes.way_named("paper") == WAYS["paper"]
+
+
 # ---------------------------------------------------------------------------------------- program
 
 def test_the_program_trains_once_and_keeps_its_rows(monkeypatch, tmp_path, capsys):
@@ -317,6 +325,9 @@ def test_the_program_trains_once_and_keeps_its_rows(monkeypatch, tmp_path, capsy
     (["--way", "paper", "--lam", "1", "--books", "nowhere", "--data", "x"], "nowhere"),
     (["--evaluate-only", "a", "--way", "paper"], "trains nothing"),
     (["--evaluate-only", __file__], "--data is missing"),
+    (["--way", "best", "--lam", "1", "--books", __file__, "--data", __file__], "called best"),
+    (["--way", "target+lambdas", "--lam", "1", "--books", __file__, "--data", __file__],
+     "change the same thing, price"),
     (["--way", "paper", "--lam", "1", "--books", __file__, "--data", __file__, "--seq-len", "256",
       "--work", __file__], "should be a folder"),
 ])
