@@ -1765,6 +1765,24 @@ def test_two_processes_share_a_model(options, words, capsys, tmp_path):
         assert figures[0]["kept_bytes"] <= budget
 
 
+@pytest.mark.parametrize("processes", (4, 8))
+def test_many_processes_share_a_model(processes, capsys, tmp_path):
+    """A split that is right for two processes alone; one that fails with a single KV head each."""
+    folder = make_folder(tmp_path, vocab_size=4096, max_position_embeddings=1024, hidden_size=128,
+                         num_attention_heads=16, num_key_value_heads=8)
+    copy_text_files(folder)
+    file = tmp_path / "x.txt"
+    file.write_text(STORY[-2500:])
+    argv = ["--model", str(folder), "--prompt", str(file), "--max-new-tokens", "24", "--device",
+            "cpu", "--json", "--admit", "0.4"]
+    alone = answer(capsys, *argv)
+    run = torchrun(processes, "generate.py", argv)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == alone
+    [figures] = [json.loads(line) for line in run.stderr.splitlines() if line.startswith("{")]
+    assert figures["processes"] == processes
+
+
 @pytest.mark.parametrize("processes, options, words", [
     (3, "", "4 KV heads and an MLP of 704 cannot be divided among 3 processes"),
     (2, "--interactive", "--interactive goes with one process"),
@@ -1778,7 +1796,8 @@ def test_what_processes_cannot_share(processes, options, words, tmp_path):
 
 
 def torchrun(processes, program, argv, folder=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(processes),
                str(HERE / program), *argv]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300,
                           env=dict(os.environ, OMP_NUM_THREADS="1"))
@@ -2661,13 +2680,12 @@ def test_a_broken_resume_file_is_refused(unfinished, tmp_path, capsys):
     assert train.main(unfinished) == 0
 
 
-def test_two_processes_train_as_one(trainee, tmp_path):
+@pytest.mark.parametrize("processes", (2, 4))
+def test_processes_train_as_one(processes, trainee, tmp_path):
     """Gradients averaged wrongly; a sample that two processes take, or none."""
+    trainee = [*trainee, "--tokens-per-step", "2048"]       # at least four samples a step
     assert train.main([*trainee, "--out", str(tmp_path / "one")]) == 0
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc-per-node", "2", str(HERE / "train.py"), *trainee,
-                          "--out", str(tmp_path / "two")],
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    run = torchrun(processes, "train.py", [*trainee, "--out", str(tmp_path / "two")])
     assert run.returncode == 0 and run.stderr.count("validation: ") == 1, run.stderr
     same_gates(tmp_path / "one", tmp_path / "two", 1e-5)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
