@@ -275,6 +275,18 @@ class SimulatedAdmission:
     def identity(self):
         return "simulated"                  # of a saved cache; only this process loads it again
 
+    def stacked(self):
+        """As Gates.stacked: for decode, all layers in one call."""
+        gates = self.gates.stacked()
+        L, _, _ = self.gates.shape
+        column = self.STEP * torch.arange(L, device=self.table.device)[:, None, None]
+
+        def admitted(k, k_rotated, positions):
+            gates(k, k_rotated, positions)
+            return self.table[:, positions + column].permute(2, 1, 0, 3)    # (B, L, Hkv, T)
+
+        return admitted
+
     def gate(self, layer, k, k_rotated, positions):
         self.gates.gate(layer, k, k_rotated, positions)
         table = self.table[:, self.STEP * layer:]

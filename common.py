@@ -395,7 +395,7 @@ def rank_and_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def total(x, processes):
+def all_reduce_sum(x, processes):
     """The tensor x summed over processes, in place; x itself if there is only one."""
     if processes > 1:
         dist.all_reduce(x)

@@ -31,10 +31,10 @@ import time
 from pathlib import Path
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
-from common import (DTYPES, HERE, Parser, UserError, check_number, check_writable, clock,
-                    drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    process_group, quoted, rank_and_processes, read_json, read_text, reading, real,
-                    run_program, say, total, whole, write_text)
+from common import (DTYPES, HERE, Parser, UserError, all_reduce_sum, check_number,
+                    check_writable, clock, drop_stdout, model_options, peak_bytes, pick_device,
+                    printable, progress, process_group, quoted, rank_and_processes, read_json,
+                    read_text, reading, real, run_program, say, whole, write_text)
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,7 @@ class Text:
         """
         if control:
             text = self.with_secret_names(text)
+        # `plain` is the tokenizer with secret names for control tokens (see the next passage).
         with reading(self.file, "used on this text"):           # for instance a lone surrogate
             ids = self.plain.encode(text, add_special_tokens=False).ids
         for name in self.names:
@@ -371,7 +372,7 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     (So if you stop reading early, up to LAG more tokens than you have seen are in the cache.)
     """
     loop = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
-    loop.start(0, hidden)
+    loop.start(0, hidden)       # the prefill gives the first id, so 3 ids take 2 steps
     ahead = LAG if kv.capturable else 0
     pending = [HostCopy(loop.token)]        # ids on their way to the host, oldest first
     ended = [False] * len(hidden)
@@ -416,7 +417,7 @@ class DecodeStep:
         self.moves = None           # of the cache, at the last step
 
     def start(self, first, hidden):
-        """Choose the first ids of the sequences from `first` on, by their hidden states (n, C)."""
+        """Choose the first ids of sequences `first` and on, by their states (n, hidden_size)."""
         these = slice(first, first + len(hidden))
         self.logits[these] = self.model.logits(hidden)
         self.token[these] = self.choose(self.logits[these])
@@ -506,7 +507,7 @@ class Server:
         """
         waiting = list(enumerate(prompts))
         free = list(range(self.kv.B))
-        reading = None              # (sequence, index, chunks, tokens that are left)
+        reading = None              # (sequence, index, chunks, tokens unread)
         said = {}                   # sequence -> (index, ids so far)
         self.kv.expect([len(prompt) for prompt in prompts[:self.kv.B]]
                        + [0] * (self.kv.B - len(prompts)))
@@ -517,10 +518,10 @@ class Server:
                 chunks = prefill_chunks(self.model, self.kv.sequences(b), [prompt], self.chunk)
                 reading = (b, index, chunks, len(prompt))
             if reading is not None:
-                b, index, chunks, left = reading
-                left -= self.read(chunks, b, last=left)
-                reading = (b, index, chunks, left)
-                if left == 0:
+                b, index, chunks, unread = reading
+                unread -= self.read(chunks, b, last=unread)
+                reading = (b, index, chunks, unread)
+                if unread == 0:
                     reading = None
                     said[b] = (index, [int(self.loop.token[b])])
             if said:
@@ -893,7 +894,7 @@ class Session:
                                self.dense or self.kv.dense_bytes(), evicted],
                               device=self.model.device)
         own = int(counts[0])
-        kept, dense, evicted = total(counts, processes).tolist()
+        kept, dense, evicted = all_reduce_sum(counts, processes).tolist()
         evictions = {}
         if self.args.budget is not None:
             evictions = dict(evicted_tokens=evicted, evictions=self.kv.num_evictions,

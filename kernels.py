@@ -127,8 +127,9 @@ def rotate(q, k, cos, sin):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, T, k_b, k_h, k_t,
-                r_b, r_h, r_t, Hkv, D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr,
-                BN: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
+                r_b, r_h, r_t, H, layer_heads, D: tl.constexpr, DP: tl.constexpr,
+                HIDDEN: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr,
+                PRECISION: tl.constexpr):
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
     One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
@@ -137,8 +138,10 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     too. The last to arrive adds the parts, in their order, so that the same call always gives the
     same gates.
 
-    w1 (Hkv, HIDDEN, 2 D), b1, w2 (Hkv, HIDDEN), b2 (Hkv). All in fp32; only the factors of W1 x
-    go in as tf32 (10 bits) when keys have half precision, which is no coarser than such a key.
+    w1 (H, HIDDEN, 2 D), b1, w2 (H, HIDDEN), b2 (H): the H heads of one layer, or of all, one layer
+    after the other. The norms pre and post have D numbers for every layer_heads heads. All in
+    fp32; only the factors of W1 x go in as tf32 (10 bits) when keys have half precision, which is
+    no coarser than such a key.
     """
     h = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -153,8 +156,10 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     k_rot += b[:, None] * r_b + h * r_h + t[:, None] * r_t + d[None, :]
     x = tl.load(k, valid, 0.).to(tl.float32)
     y = tl.load(k_rot, valid, 0.).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / D + 1e-6)[:, None] * tl.load(pre + d, d < D, 0.)[None, :]
-    y = y * tl.rsqrt(tl.sum(y * y, 1) / D + 1e-6)[:, None] * tl.load(post + d, d < D, 0.)[None, :]
+    pre += h // layer_heads * D + d
+    post += h // layer_heads * D + d
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / D + 1e-6)[:, None] * tl.load(pre, d < D, 0.)[None, :]
+    y = y * tl.rsqrt(tl.sum(y * y, 1) / D + 1e-6)[:, None] * tl.load(post, d < D, 0.)[None, :]
 
     # BH hidden units at a time: their rows of W1 have 2 D columns, D for each key.
     logit = tl.zeros([BN], tl.float32)
@@ -170,7 +175,7 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
 
     is_last = True
     if SPLITS > 1:
-        group = tl.program_id(0) * Hkv + h        # the SPLITS programs of these tokens and head
+        group = tl.program_id(0) * H + h          # the SPLITS programs of these tokens and head
         partial += group * SPLITS * BN + tl.arange(0, BN)
         tl.store(partial + split * BN, logit)
         tl.debug_barrier()                          # every thread's part is written: we arrive
@@ -182,13 +187,16 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
             tl.store(arrivals + group, 0)           # as the next launch expects it
     if is_last:
         g = 1 / (1 + tl.exp(-(logit + tl.load(b2 + h))))
-        tl.store(out + (b * Hkv + h) * T + t, g, n < N)
+        tl.store(out + (b * H + h) * T + t, g, n < N)
 
 
 def gate(parameters, k, k_rotated):
-    """k, k_rotated (B, Hkv, T, D), D contiguous -> g (B, Hkv, T) fp32. Twin: wgkv.Gate.forward."""
-    B, Hkv, T, D = k.shape
-    p = parameters          # a wgkv.Gate
+    """k, k_rotated (B, H, T, D), D contiguous -> g (B, H, T) fp32. Twin: wgkv.gate.
+
+    parameters: a wgkv.Gate, or the parameters of several layers' gates, one after the other.
+    """
+    B, H, T, D = k.shape
+    p = parameters
     hidden = p.w1.shape[1]
     N = B * T
     BN = 64 if D <= 128 else 32
@@ -197,14 +205,15 @@ def gate(parameters, k, k_rotated):
     BH = 32
     splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16) if N <= 64 else 1
     blocks = triton.cdiv(N, BN)
-    out = torch.empty(B, Hkv, T, device=k.device, dtype=torch.float32)
-    partial = out.new_empty(blocks * Hkv * splits * BN if splits > 1 else 1)
-    gate_kernel[(blocks, Hkv, splits)](
+    out = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
+    partial = out.new_empty(blocks * H * splits * BN if splits > 1 else 1)
+    gate_kernel[(blocks, H, splits)](
         k, k_rotated, p.pre_norm, p.post_norm, p.w1, p.b1, p.w2, p.b2, partial,
-        arrival_counters(k.device, blocks * Hkv if splits > 1 else 1), out, N, T, *k.stride()[:3],
-        *k_rotated.stride()[:3], Hkv, D=D, DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden,
-        BN=BN, BH=BH, SPLITS=splits, PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=2)
+        arrival_counters(k.device, blocks * H if splits > 1 else 1), out, N, T, *k.stride()[:3],
+        *k_rotated.stride()[:3], H, H * D // p.pre_norm.numel(), D=D,
+        DP=max(16, triton.next_power_of_2(D)), HIDDEN=hidden, BN=BN, BH=BH,
+        SPLITS=splits, PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=4,
+        num_stages=2)
     return out
 
 
@@ -307,7 +316,7 @@ def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, ban
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts, free, num_free,
-                           num_tokens, num_new, tau, low, high, W, R, columns, Hkv, table_l,
+                           num_tokens, num_new, tau, low, high, slots, W, R, columns, Hkv, table_l,
                            counts_l, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
                            BOUNDS: tl.constexpr):
     """One program: one row of one layer. Its oldest token leaves the ring: to the pages, or gone.
@@ -323,9 +332,10 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
     counts += layer * counts_l + row
     # Of the new token, which takes the old one's place: with W = 100, 612 that of 512, place 12.
     position = tl.load(num_tokens + b)
+    place = position % W
+    source = tl.load(page_table + place // P).to(tl.int64) * P + place % P
+    tl.store(slots + layer * tl.num_programs(0) + row, source)
     if (tl.load(num_new + b) > 0) & (position >= W):
-        place = position % W
-        source = tl.load(page_table + place // P).to(tl.int64) * P + place % P
         g = tl.load(page_g + source)
         if g >= tl.load(tau):
             n = tl.load(counts)
@@ -349,58 +359,72 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
     """Decode: promote what one new token a sequence pushes out of all layers' rings, in one launch.
 
     page_table (L, B, Hkv, M) and counts (L, B, Hkv), updated in place; num_tokens, num_new (B)
-    int64; tau (1) fp32. The pool must hold a free page for each row. Twin:
-    wgkv.DualCache.promote_leaving.
+    int64; tau (1) fp32. The pool must hold a free page for each row. Returns the slots (L, B, Hkv,
+    1) int64 that are free for the new tokens. Twin: wgkv.DualCache.promote_leaving.
     """
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape
     bounds = "low" in pool.names
+    slots = torch.empty(L, B, Hkv, 1, device=pool.k.device, dtype=torch.long)
     promote_leaving_kernel[(B * Hkv, L)](
         pool.k, pool.v, pool.g, pool.pos, page_table, counts, pool.free, pool.num_free, num_tokens,
-        num_new, tau, pool.low if bounds else pool.k, pool.high if bounds else pool.k, window,
-        triton.cdiv(window, P), page_table.stride(2), Hkv, page_table.stride(0), counts.stride(0),
-        D=D, DP=triton.next_power_of_2(D), P=P, BOUNDS=bounds, num_warps=1)
+        num_new, tau, pool.low if bounds else pool.k, pool.high if bounds else pool.k, slots,
+        window, triton.cdiv(window, P), page_table.stride(2), Hkv, page_table.stride(0),
+        counts.stride(0), D=D, DP=triton.next_power_of_2(D), P=P, BOUNDS=bounds, num_warps=1)
+    return slots
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def write_kv_kernel(k, v, g, num_tokens, num_new, page_table, page_k, page_v, page_g, page_pos,
-                    ring_size, columns, Hkv, k_b, k_h, v_b, v_h, D: tl.constexpr,
-                    DP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr):
-    """One program: one row; its new token goes to place `position mod ring_size` of its list.
+def rotate_and_write_kernel(q, k, v, cos, sin, q_out, page_k, page_v, page_pos, page_table,
+                            num_tokens, num_new, ring_size, columns, Hq, Hkv, cos_b, q_b, q_h, k_b,
+                            k_h, v_b, v_h, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
+                            P: tl.constexpr, GATED: tl.constexpr):
+    """One program: one head of the one new token of a sequence.
 
-    k, v (B, Hkv, 1, D) with any strides of B and Hkv; g (rows); page_table (rows, columns).
+    A query head is rotated into q_out. A key head is rotated into the page where its row has the
+    place `position mod ring_size`, and its value copied beside it.
     """
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DP)
-    b = row // Hkv
-    h = row % Hkv
-    if tl.load(num_new + b) > 0:                # a sequence that has ended writes nothing
+    b = (tl.program_id(0) // (Hq + Hkv)).to(tl.int64)
+    h = (tl.program_id(0) % (Hq + Hkv)).to(tl.int64)
+    t = tl.zeros([1], tl.int32)
+    half = tl.arange(0, HALF)
+    if h < Hq:
+        q_out += (b * Hq + h) * D
+        rotate_head(q + b * q_b + h * q_h, D, cos, sin, b * cos_b, q_out, t, half, 1, D)
+    elif tl.load(num_new + b) > 0:              # a sequence that has ended writes nothing
+        h -= Hq
+        row = b * Hkv + h
         position = tl.load(num_tokens + b)
         place = position % ring_size
         target = tl.load(page_table + row * columns + place // P).to(tl.int64) * P + place % P
-        tl.store(page_k + target * D + d, tl.load(k + b * k_b + h * k_h + d, d < D, 0.), d < D)
+        page_k += target * D
+        rotate_head(k + b * k_b + h * k_h, D, cos, sin, b * cos_b, page_k, t, half, 1, D)
+        d = tl.arange(0, DP)
         tl.store(page_v + target * D + d, tl.load(v + b * v_b + h * v_h + d, d < D, 0.), d < D)
         if GATED:
-            tl.store(page_g + target, tl.load(g + row))
             tl.store(page_pos + target, position.to(tl.int32))
 
 
-def write_kv(page_k, page_v, page_table, k, v, num_tokens, num_new, window=None, page_g=None,
-             page_pos=None, g=None):
-    """Decode: the new token of each sequence into its row, in one layer.
+def rotate_and_write(q, k, v, cos, sin, page_k, page_v, page_table, num_tokens, num_new,
+                     window=None, page_pos=None):
+    """Decode: q rotated; k rotated, and v, into the pages of their rows, in one launch a layer.
 
-    k, v (B, Hkv, 1, D), D contiguous, k rotated; page_table (B, Hkv, M) int32; num_tokens, num_new
-    (B) int64. With a window the place is position mod window, and the gates g (B, Hkv, 1) go to
-    page_g and positions to page_pos; without one (a dense cache) it is the position itself. Twin:
-    the PyTorch branch of wgkv.DualCache.decode.
+    q (B, Hq, 1, D), k, v (B, Hkv, 1, D), D contiguous; cos, sin (B or 1, 1, 1, D) fp32; page_table
+    (B, Hkv, M) int32; num_tokens, num_new (B) int64. With a window the place is position mod
+    window, and positions go to page_pos; without one (a dense cache) it is the position itself.
+    Returns the rotated q. Twin: the PyTorch branch of wgkv.DualCache.decode.
     """
-    B, Hkv, _, D = k.shape
-    gated = g is not None
-    write_kv_kernel[(B * Hkv,)](
-        k, v, g.contiguous() if gated else k, num_tokens, num_new, page_table, page_k, page_v,
-        page_g, page_pos, window if gated else 2**31 - 1, page_table.stride(1), Hkv,
-        *k.stride()[:2], *v.stride()[:2], D=D, DP=triton.next_power_of_2(D), P=page_k.shape[1],
+    B, Hq, _, D = q.shape
+    Hkv = k.shape[1]
+    gated = page_pos is not None
+    q_out = q.new_empty(q.shape)
+    rotate_and_write_kernel[(B * (Hq + Hkv),)](
+        q, k, v, cos, sin, q_out, page_k, page_v, page_pos if gated else page_table, page_table,
+        num_tokens, num_new, window if gated else 2**31 - 1, page_table.stride(1), Hq, Hkv,
+        cos.stride(0) if len(cos) > 1 else 0, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        D=D, DP=triton.next_power_of_2(D), HALF=triton.next_power_of_2(D // 2), P=page_k.shape[1],
         GATED=gated, num_warps=1)
+    return q_out
 
 
 # ------------------------------------------------------------------------------------- prefill

@@ -35,8 +35,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from common import (DTYPES, UserError, check_number, check_regular, free_bytes, one_line, quoted,
-                    read_json, reading, say, total)
+from common import (DTYPES, UserError, all_reduce_sum, check_number, check_regular, free_bytes,
+                    one_line, quoted, read_json, reading, say)
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ def silu_product(x):
 
 
 def linear(x, weight, bias=None):
-    """F.linear; a single token's on a CPU in fp32 by all threads.
+    """F.linear. For a single token in fp32 on a CPU it keeps all threads busy.
 
     For one token this is a matrix-vector product: each weight is read once and used once. torch
     gives it to one thread, which cannot read as fast as memory delivers. As a batch of n products,
-    each with a part of the rows of W, n threads read at the same time: decode of a model of 135
+    each with a part of the weight's rows, n threads read at the same time: decode of a model of 135
     million parameters got 1.5 times as fast with two.
 
     x (..., in), weight (out, in), bias (out) or None -> (..., out)
@@ -254,7 +254,7 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
+    """An nn.Linear that calls `linear`."""
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -263,8 +263,8 @@ class Linear(nn.Linear):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    q, k, v are rows of one matrix, and so are the MLP's gate and up: one large matrix product is
-    faster than several small ones.
+    q, k, v are rows of one matrix, and so are the MLP's gate and up (SwiGLU's gate, unrelated to
+    write gates): one large matrix product is faster than several small ones.
     """
 
     def __init__(self, c):
@@ -282,28 +282,29 @@ class Block(nn.Module):
         self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
-    def forward(self, x, y, kv, layer, cos, sin):
-        """x (B, T, hidden_size) is the residual stream, y or None what the layer before adds to it.
+    def forward(self, residual, update, kv, layer, cos, sin):
+        """residual (B, T, hidden_size) is the residual stream, update what the layer before adds.
 
-        Returns both for the next layer. The sum x + y is left to the next norm, where one kernel
-        does both.
+        Returns both for the next layer. (The first layer has no update, None.) Their sum is left to
+        the next norm, where one kernel does both.
         """
-        B, T, _ = x.shape
+        B, T, _ = residual.shape
         Hq, Hkv, D = self.heads
-        x, y = add_norm(x, y, self.attn_norm)                       # both (B, T, hidden_size)
+        residual, x = add_norm(residual, update, self.attn_norm)    # both (B, T, hidden_size)
 
-        qkv = self.qkv(y)                                           # (B, T, (Hq + 2 Hkv) * D)
+        qkv = self.qkv(x)                                           # (B, T, (Hq + 2 Hkv) * D)
         qkv = qkv.view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)       # (B, Hq + 2 Hkv, T, D)
         q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                  # (B, Hq or Hkv, T, D) each
         q = self.q_norm(q)
         k = self.k_norm(k)
-        y = kv.attend(layer, q, k, v, cos, sin)                     # (B, Hq, T, D)
-        y = y.transpose(1, 2).reshape(B, T, Hq * D)                 # heads side by side
-        y = total(self.out(y), self.processes)                      # (B, T, hidden_size)
+        heads = kv.attend(layer, q, k, v, cos, sin)                 # (B, Hq, T, D)
+        heads = heads.transpose(1, 2).reshape(B, T, Hq * D)         # side by side
+        update = all_reduce_sum(self.out(heads), self.processes)    # (B, T, hidden_size)
 
-        x, y = add_norm(x, y, self.mlp_norm)
-        y = silu_product(self.gate_up(y))                           # (B, T, intermediate_size)
-        return x, total(self.down(y), self.processes)
+        residual, x = add_norm(residual, update, self.mlp_norm)
+        x = silu_product(self.gate_up(x))                           # (B, T, intermediate_size)
+        update = all_reduce_sum(self.down(x), self.processes)       # (B, T, hidden_size)
+        return residual, update
 
 
 class Llama(nn.Module):

@@ -1676,6 +1676,35 @@ def test_small_kernels(B, Hkv, T, D, expansion, kernels, gpu):
         want = gate(k, k_rotated)
     for _ in range(2):                      # twice: the arrival counters must be zero again
         equal(kernels.gate(gate, k, k_rotated), want)
+    # The gates of three layers in one call, as decode asks for them.
+    gates = perturbed_gates(3, Hkv, D)
+    k, k_rotated = (torch.randn(B, 3, Hkv, T, D) for _ in range(2))
+    with torch.enable_grad():
+        want = [gates.gate(layer, k[:, layer], k_rotated[:, layer], None) for layer in range(3)]
+        equal(gates.stacked()(k, k_rotated, None), torch.stack(want, dim=1))
+    equal(gates.stacked()(k, k_rotated, None), torch.stack(want, dim=1))
+
+    # Rotated, and written where each row has its place.
+    page_k, page_v = torch.full((2, 2 * B * Hkv, P, D), 7.0)
+    page_pos = torch.zeros(2 * B * Hkv, P, dtype=torch.int32)
+    table = torch.randperm(2 * B * Hkv).int().view(B, Hkv, 2)
+    num_tokens = torch.tensor([130, 5, 63])[:B]
+    num_new = torch.tensor([1, 0, 1])[:B]
+    q, k = (x[:, :, :1] for x in (q, qkv[:, Hkv * 3:]))
+    v = torch.randn(B, Hkv, 1, D)
+    cos, sin = (x[:, :, :1] for x in (cos, sin))
+    equal(kernels.rotate_and_write(q, k, v, cos, sin, page_k, page_v, table, num_tokens, num_new,
+                                   100, page_pos), rotate(q, cos, sin))
+    want_k, want_v = torch.full((2, 2 * B * Hkv, P, D), 7.0)
+    for b in range(B):
+        if num_new[b]:
+            place = int(num_tokens[b]) % 100
+            at = table[b, :, place // P].long(), place % P
+            want_k[at] = rotate(k, cos, sin)[b, :, 0]
+            want_v[at] = v[b, :, 0]
+            assert (page_pos[at] == num_tokens[b]).all()
+    equal(page_k, want_k)
+    equal(page_v, want_v)
 
     norm = torch.nn.RMSNorm(D, eps=1e-2)
     norm.weight.data = torch.rand(D)

@@ -33,7 +33,8 @@ THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hk
 G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
 columns of a page table (a row's list of pages), N pages in the pool. Tensors are (B, heads, T, D).
 A *row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
-A *place* is an index in a row's list of pages, a *slot* an index in the pool.
+A *place* is an index in a row's list of pages, a *slot* an index in the pool. *Twin* names the
+function of kernels.py (or, there, of this file) that computes the same.
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
@@ -45,6 +46,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import types
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 import files
-from common import UserError, total
+from common import UserError, all_reduce_sum
 from model import attention, kernels_for, rotate
 
 P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
@@ -99,7 +101,7 @@ class SimpleCache:
     def __init__(self, window, tau):
         self.window = window
         self.tau = tau
-        self.ring = []          # the last `window` tokens
+        self.ring = []          # the last `window` tokens (a queue; DualCache has places)
         self.pages = []         # admitted tokens that have left the window, oldest first
 
     def step(self, q, token):
@@ -121,13 +123,13 @@ class SimpleCache:
 
 def demo():
     """One head, W = 4, 16 tokens, of which 0, 3 and 9 are admitted: the pattern, then the steps."""
-    window, tau, admitted = 4, 0.5, (0, 3, 9)
+    window, tau, admitted = 4, 0.1, (0, 3, 9)
     g = torch.tensor([float(t in admitted) for t in range(16)])
     print("Which keys (across) each query (down) of 16 tokens sees; W = 4; tokens 0, 3 and 9 are\n"
           "admitted. The stripes are the admitted keys, the slash is the window:\n")
     for i, row in enumerate(visible_mask(g[None, None], window, tau)[0, 0].tolist()):
         print(f"{i:6}  " + " ".join("#" if seen else "." for seen in row[:i + 1]))
-    print("\nThe same, token by token:\n\n   token   window          pages")
+    print("\nThe same, token by token:\n\n   token   ring            pages")
     cache = SimpleCache(window, tau)
     for i in range(16):
         cache.step(torch.zeros(2), (i, torch.zeros(2), torch.zeros(2), g[i].item()))
@@ -140,6 +142,8 @@ def demo():
 
 class Gate(nn.Module):
     """The gates of one layer, one for each KV head (section 3 of the paper).
+
+    With D = 128 and E = 4 each is a small network of 256 -> 512 -> 1 numbers:
 
         x = [ RMSNorm(k before RoPE) ; RMSNorm(k after RoPE) ]      (2 D)
         h = GELU(W1 x + b1)                                         (E D)
@@ -165,21 +169,32 @@ class Gate(nn.Module):
 
     def forward(self, k, k_rotated):
         """k, k_rotated (B, Hkv, T, D), before and after RoPE -> g (B, Hkv, T) fp32."""
-        kernels = kernels_for(k)
-        if kernels and not torch.is_grad_enabled():         # the kernel has no backward pass
-            return kernels.gate(self, k, k_rotated)
-        B, Hkv, T, D = k.shape
-        x = torch.stack((k, k_rotated), dim=-2).float()                     # (B, Hkv, T, 2, D)
-        x = F.rms_norm(x, (D,), eps=1e-6)
-        x = x * torch.stack((self.pre_norm, self.post_norm))
+        return gate(self, k, k_rotated)
 
-        # Each head has matrices of its own: one batched product, with the heads as its batch.
-        x = x.transpose(0, 1).reshape(Hkv, B * T, 2 * D)
-        h = torch.baddbmm(self.b1[:, None], x, self.w1.transpose(1, 2))     # (Hkv, B * T, E * D)
-        h = F.gelu(h)
-        g = torch.baddbmm(self.b2[:, None, None], h, self.w2[:, :, None])   # (Hkv, B * T, 1)
-        g = g.float().sigmoid()
-        return g.view(Hkv, B, T).transpose(0, 1)                            # (B, Hkv, T)
+
+def gate(parameters, k, k_rotated):
+    """The gates g (B, H, T) fp32 of keys k, k_rotated (B, H, T, D).
+
+    parameters: a Gate, or all layers' (`Gates.stacked`), whose heads stand one layer after the
+    other: H = L Hkv.
+    """
+    kernels = kernels_for(k)
+    if kernels and not torch.is_grad_enabled():             # the kernel has no backward pass
+        return kernels.gate(parameters, k, k_rotated)
+    p = parameters
+    B, H, T, D = k.shape
+    x = torch.stack((k, k_rotated), dim=-2).float()                         # (B, H, T, 2, D)
+    x = F.rms_norm(x, (D,), eps=1e-6)
+    norms = torch.stack((p.pre_norm.view(-1, D), p.post_norm.view(-1, D)), dim=1)   # (L, 2, D)
+    x = x.view(B, len(norms), -1, T, 2, D) * norms[:, None, None]
+
+    # Each head has matrices of its own: one batched product, with the heads as its batch.
+    x = x.view(B, H, T, 2 * D).transpose(0, 1).reshape(H, B * T, 2 * D)
+    h = torch.baddbmm(p.b1[:, None], x, p.w1.transpose(1, 2))               # (H, B * T, E * D)
+    h = F.gelu(h)
+    g = torch.baddbmm(p.b2[:, None, None], h, p.w2[:, :, None])             # (H, B * T, 1)
+    g = g.float().sigmoid()
+    return g.view(H, B, T).transpose(0, 1)                                  # (B, H, T)
 
 
 class Gates(nn.Module):
@@ -188,11 +203,11 @@ class Gates(nn.Module):
     Anything with a method `gate` like this one's is an *admission policy*; it may have a window and
     a tau (else they are 256 and 0.1).
 
-    Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the student used
-    their keys with that weight. In our experiments 0.1 is the largest threshold that loses
-    nothing more than the gates themselves do, at any lambda (the weight of sparsity_loss): at a
-    large lambda 100% of the needles are found at 0.1, 97.5% at 0.2, none at 0.4. To keep less,
-    raise lambda instead.
+    Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the model learned
+    to use their keys with that weight. 0.1 is the largest tau at which cutting gates to 0 or 1 cost
+    no answer that the uncut gates gave, whatever lambda (the weight of sparsity_loss). At a large
+    lambda the bundled model finds 100% of the facts hidden in a text at 0.1, 97.5% at 0.2, 0.5% at
+    0.4. To keep less, raise lambda instead.
     """
 
     def __init__(self, L, Hkv, D, window=256, tau=0.1, expansion=4.0):
@@ -215,6 +230,22 @@ class Gates(nn.Module):
         k and k_rotated (B, Hkv, T, D); positions (B or 1, T), which these gates do not look at.
         """
         return self.layers[layer](k, k_rotated)
+
+    def stacked(self):
+        """A function like `gate` for the keys (B, L, Hkv, T, D) of all layers; g (B, L, Hkv, T).
+
+        In decode one call then replaces L. It has the parameters of now: a cache made later has
+        later ones.
+        """
+        parts = {name: torch.cat([getattr(layer, name).detach() for layer in self.layers])
+                 for name, _ in self.layers[0].named_parameters()}
+        parameters = types.SimpleNamespace(**parts)
+
+        def gates(k, k_rotated, positions):
+            g = gate(parameters, k.flatten(1, 2), k_rotated.flatten(1, 2))  # (B, L * Hkv, T)
+            return g.unflatten(1, (len(self.layers), -1))
+
+        return gates
 
     def identity(self):
         """A hash of all parameters: a saved cache is no use to other gates."""
@@ -252,6 +283,7 @@ class RandomAdmission:
         """k (B, Hkv, T, D), positions (B or 1, T) -> gates (B, Hkv, T) fp32, each 1 or -1."""
         B, Hkv, T, _ = k.shape
         head = self.first_head + torch.arange(Hkv, device=k.device)[:, None]        # (Hkv, 1)
+        # 131: more than a layer has heads, so every (layer, head) has a number of its own.
         stream = head + 131 * layer + 65537 * (self.seed % 2**32)           # (Hkv, 1)
         # The product may wrap around; only the low 32 bits are used.
         x = positions[:, None, :] + stream * 0x9E3779B1                     # (B or 1, Hkv, T)
@@ -261,7 +293,7 @@ class RandomAdmission:
             x = x & 0xFFFFFFFF
             x = ((x >> 16) ^ x) * factor
         uniform = (x & 0xFFFFFF).float() / 2**24                            # in [0, 1)
-        g = torch.where(uniform < self.share, 1.0, -1.0)        # -1: refused even if tau is 0
+        g = torch.where(uniform < self.share, 1.0, REFUSED)     # refused even if tau is 0
         return g.expand(B, Hkv, T)
 
 
@@ -339,18 +371,22 @@ class PagePool:
 
     def read(self, slots):
         """k, v (..., D), g, pos (...) of flat slots (...)."""
-        return (self.k.view(-1, self.D)[slots], self.v.view(-1, self.D)[slots],
-                self.g.view(-1)[slots], self.pos.view(-1)[slots])
+        def rows(x):
+            return x.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *x.shape[2:])
+
+        return rows(self.k), rows(self.v), rows(self.g), rows(self.pos)
 
     def write(self, slots, k, v, g, pos):
         """The reverse; no slot may occur twice."""
-        self.k.view(-1, self.D)[slots] = k
-        self.v.view(-1, self.D)[slots] = v
-        self.g.view(-1)[slots] = g
-        self.pos.view(-1)[slots] = pos.int()
+        # index_copy_ copies whole rows, several times as fast on a CPU as x[slots] = ...
+        for x, new in ((self.k, k), (self.v, v), (self.g, g), (self.pos, pos.int())):
+            new = new.reshape(-1, *x.shape[2:])
+            x.flatten(0, 1).index_copy_(0, slots.flatten(), new)
 
 
 # ------------------------------------------------------------------------------------------ caches
+
+# At a first reading `begin`, `end` and num_tokens of Cache are enough; then go on with DualCache.
 
 class Shared:
     """An attribute that a view has in common with its base, to read and to set."""
@@ -463,7 +499,9 @@ class Cache:
             self.set_room(room)
 
     def take_room(self, tokens):
-        """Note that a call takes room; of a replayed CUDA graph it must be said."""
+        """Note that a call has used room. A replayed CUDA graph runs no Python, so whoever
+        replays it must call this.
+        """
         self.set_room(self.room[2] - tokens)
 
     def set_room(self, tokens):
@@ -604,11 +642,12 @@ class DenseCache(Cache):
 
     def attend(self, layer, q, k, v, cos, sin):
         """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
-        q, k = self.rotate(q, k, cos, sin)
         if q.shape[2] == 1 and self.kernels:
             pages = [x[layer].view(-1, P, self.D) for x in (self.base.k, self.base.v)]
-            self.kernels.write_kv(*pages, self.page_table, k, v, self.num_tokens, self.num_new)
+            q = self.kernels.rotate_and_write(q, k, v, cos, sin, *pages, self.page_table,
+                                              self.num_tokens, self.num_new)
             return self.kernels.decode_attention(q, *pages, self.page_table, self.plan, 0)
+        q, k = self.rotate(q, k, cos, sin)
 
         # Padding is written too; the next tokens overwrite it before anyone may see it.
         b = torch.arange(self.first, self.first + self.B, device=self.device)[:, None]
@@ -670,14 +709,16 @@ class DenseCache(Cache):
 
 
 class DualCache(Cache):
-    """The cache of Write-Gated KV: a row is one list of pages, its ring and then what it keeps.
+    """The cache of Write-Gated KV: a ring for the window, and pages for what is promoted.
+
+    A row is one list of pages, first its ring:
 
         page_table (L, B, Hkv, M) int32     a row's pages, in order
         counts     (L, B, Hkv)    int64     a row's promoted tokens
 
-    Place n of a row is slot n mod P of page page_table[row, n // P]. The first R = ceil(W / P)
-    pages are the ring: the token at position p lies in place p mod W. Promoted tokens follow from
-    place R * P on, oldest first. With W = 100 and P = 64:
+    Place n of a row is slot page_table[row, n // P] * P + n mod P of the pool. The first
+    R = ceil(W / P) pages are the ring: the token at position p lies in place p mod W. Promoted
+    tokens follow from place R * P on, oldest first. With W = 100 and P = 64:
 
         R = 2      |<---------- the ring ----------->|<------ promoted, oldest first ------>|
         place      0 .............. 99  100 .... 127   128 ...................... 127 + count
@@ -740,6 +781,17 @@ class DualCache(Cache):
             self.set_budget(int(budget))
 
     @property
+    def admission(self):
+        return self._admission
+
+    @admission.setter
+    def admission(self, policy):
+        self._admission = policy
+        # For decode the gates of all layers in one call; None if the policy has only `gate`.
+        stacked = getattr(policy, "stacked", None)
+        self.all_gates = stacked() if stacked else None
+
+    @property
     def page_table(self):
         return self.base.all_page_table[:, self.first:self.first + self.B]
 
@@ -795,9 +847,9 @@ class DualCache(Cache):
         # `longest`: the pages of the longest row.
         asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
                  (base.all_num_tokens - self.window).clamp(min=0).sum())
-        num_free, longest, promoted, left = torch.stack([n.long() for n in asked]).tolist()
+        num_free, longest, promoted, departed = torch.stack([n.long() for n in asked]).tolist()
         if num_free < wanted:
-            larger = self.pool_size(wanted, promoted, left)
+            larger = self.pool_size(wanted, promoted, departed)
             if self.most_pages is not None:         # a budget's pages, and one layer's beyond them
                 rings = base.L * base.B * self.Hkv * self.R
                 larger = min(larger, 1 + rings + self.most_pages + self.B * self.Hkv * extra)
@@ -809,7 +861,7 @@ class DualCache(Cache):
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
             self.moves += 1
 
-    def pool_size(self, wanted, promoted, left):
+    def pool_size(self, wanted, promoted, departed):
         """The least size, in pages, of a pool that has to grow.
 
         A growing pool is copied. So where the lengths of prompts are known, the pool grows early,
@@ -817,14 +869,14 @@ class DualCache(Cache):
         call's room. If 500 pages were promoted from 8K of 200K tokens, that is 500 * 25 * 1.04
         pages and one call's. Where lengths are not known, it grows by a tenth.
 
-        left: how many tokens have left the windows, over all sequences. Only those count.
+        departed: how many tokens have left the windows, over all sequences. Only those count.
         """
         pages = len(self.pool.k)
         in_the_end = sum(max(0, tokens - self.window) for tokens in self.expected)
-        if in_the_end <= left or left == 0:
+        if in_the_end <= departed or departed == 0:
             return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
-        tokens = promoted * in_the_end // left
+        tokens = promoted * in_the_end // departed
         at_the_end = pages_for(tokens) + rows           # each row's last page is a partial one
         return rows * self.R + at_the_end + at_the_end // 25 + wanted
 
@@ -841,12 +893,13 @@ class DualCache(Cache):
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
+        self.step_keys = []
         if T == 1:
             # Which tokens leave the rings depends only on what is in them, not on what this step
             # computes. So all layers promote now, in one launch; then all counts are known, and the
             # work of all layers' attention is divided in another.
             if self.kernels:
-                self.kernels.promote_leaving(
+                self.slots = self.kernels.promote_leaving(
                     self.pool, self.page_table, self.counts, self.num_tokens, self.num_new,
                     self.window, self.base.tau_on_device)
                 # How many tokens a row attends to is known before its pages are chosen.
@@ -877,7 +930,9 @@ class DualCache(Cache):
         table (N, B, Hkv, M) and counts (N, B, Hkv) of N layers, updated in place; promote_mask, g
         and pos (N, B, Hkv, T), k, v (N, B, Hkv, T, D). The kernels' twin: promote.
         """
-        # Each promoted token's number in its list, from 1; elsewhere it means nothing.
+        # Each promoted token's number in its list, from 1; elsewhere it means nothing. A row of 63
+        # tokens with the mask 1 0 1 has numbers 64 64 65: the first goes to the last slot of its
+        # old page, the other needs a new one.
         numbers = counts[..., None] + promote_mask.cumsum(-1)
         after = numbers[..., -1]
         # A row's list grows from `have` pages to `need`: its new entries get free pages.
@@ -899,12 +954,12 @@ class DualCache(Cache):
 
     def attend(self, layer, q, k, v, cos, sin):
         """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
+        if q.shape[2] == 1:
+            return self.decode(layer, q, k, v, cos, sin)
         q, k_rotated = self.rotate(q, k, cos, sin)
         g = self.admission.gate(layer, k, k_rotated, self.positions)        # (B, Hkv, T)
         if self.base.queries is not None:
             self.record_queries(layer, q)
-        if q.shape[2] == 1:
-            return self.decode(layer, q, k_rotated, v, g)
         return self.prefill(layer, q, k_rotated, v, g)
 
     def prefill(self, layer, q, k, v, g):
@@ -921,11 +976,15 @@ class DualCache(Cache):
         W = self.window
         table = self.page_table[layer]
         counts = self.counts[layer]
+        # 1. The band. In a short text old_pos begins below 0: there places are empty, with the
+        # gate -inf.
         old_pos = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)    # (B, W)
         ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, old_pos))
         band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
         band_v = torch.cat((ring_v, v), dim=2)
         band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
+        # 2. Promote what leaves: band index t when new token t arrives. With W = 4 and T = 6 that
+        # are the four of the ring and the call's own tokens 0 and 1, of band indices 4 and 5.
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
         promote_mask = (band_g[:, :, :T] >= self.tau_now) & valid      # (B, Hkv, T)
         # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
@@ -953,6 +1012,7 @@ class DualCache(Cache):
             band_g[:, :, :T].masked_fill_(promote_mask, REFUSED).masked_fill_(held, math.inf)
             num_old = counts[..., None] - held.sum(-1, keepdim=True) + held.cumsum(-1)
 
+        # 3. Attention.
         tau = self.tau_now
         if self.kernels:
             y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
@@ -963,30 +1023,41 @@ class DualCache(Cache):
             old_v = self.all_rows(self.pool.v, layer)
             y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, tau)
 
-        # The ring takes the newest W tokens of the band: from index num_new of it on.
+        # 4. The ring takes the newest W tokens of the band: from index num_new of it on.
         newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
         slots = self.ring_slots(table, newest + self.num_tokens[:, None] - W)       # (B, Hkv, W)
         pos = band_pos.gather(1, newest)[:, None].expand(-1, self.Hkv, -1)
         self.pool.write(slots, *(gather_tokens(x, newest) for x in (band_k, band_v, band_g)), pos)
         return y
 
-    def decode(self, layer, q, k, v, g):
-        """One new token a sequence: into its ring, and then attention over the row's whole list."""
+    def decode(self, layer, q, k, v, cos, sin):
+        """One new token a sequence: into its ring, and then attention over the row's whole list.
+
+        `begin` has promoted the token whose place it takes. Its own gate comes in `end`.
+        """
         table = self.page_table[layer]
+        pool = self.pool
+        self.step_keys.append(k)
         if self.kernels:
-            pool = self.pool
-            self.kernels.write_kv(pool.k, pool.v, table, k, v, self.num_tokens, self.num_new,
-                                  self.window, pool.g, pool.pos, g)
+            q = self.kernels.rotate_and_write(q, k, v, cos, sin, pool.k, pool.v, table,
+                                              self.num_tokens, self.num_new, self.window, pool.pos)
+        else:
+            q, k = self.rotate(q, k, cos, sin)
+            slots = self.slots[layer]                                       # (B, Hkv, 1)
+            pos = self.positions[:, None].expand_as(slots)
+            if self.padded:             # a sequence without a new token writes nothing
+                active = self.num_new > 0
+                slots, k, v, pos = (x[active] for x in (slots, k, v, pos))
+            pool.k.view(-1, self.D)[slots] = k
+            pool.v.view(-1, self.D)[slots] = v
+            pool.pos.view(-1)[slots] = pos.int()
+        if self.base.queries is not None:
+            self.record_queries(layer, q)
+        if self.kernels:
             if self.selects():
                 table = self.kernels.select_pages(q, pool, table, self.counts[layer], self.R,
                                                   self.chosen_pages)
             return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
-        slots = self.slots[layer]                                           # (B, Hkv, 1)
-        pos = self.positions[:, None].expand_as(slots)
-        if self.padded:             # a sequence without a new token writes nothing
-            active = self.num_new > 0
-            slots, k, v, g, pos = (x[active] for x in (slots, k, v, g, pos))
-        self.pool.write(slots, k, v, g, pos)
         if self.selects():
             table = self.select_pages(layer, q)[None]
             pages, owner, masked = (x[0] for x in self.plan_decode(table, self.attended()[[layer]]))
@@ -998,12 +1069,36 @@ class DualCache(Cache):
         y = paged_attention(q, k, v, owner, masked)
         return y.view(self.B, -1, 1, self.D)
 
+    def end(self):
+        if self.step_keys:
+            self.write_gates()
+        super().end()
+
+    def write_gates(self):
+        """Decode: the gates of the new tokens of all layers, into their places in the rings.
+
+        They are not needed before these tokens leave their rings. So all layers' are computed in
+        one call after the last layer, where each layer's own would cost a launch more.
+        """
+        k = torch.stack(self.step_keys, dim=1)                              # (B, L, Hkv, 1, D)
+        slots = self.slots.transpose(0, 1)                                  # (B, L, Hkv, 1)
+        k_rotated = self.pool.k.view(-1, self.D)[slots]
+        if self.all_gates is not None:
+            g = self.all_gates(k, k_rotated, self.positions)                # (B, L, Hkv, 1)
+        else:
+            g = torch.stack([self.admission.gate(layer, k[:, layer], k_rotated[:, layer],
+                                                 self.positions) for layer in range(self.L)], dim=1)
+        all_g = self.pool.g.view(-1)
+        if self.padded:         # a sequence without a new token keeps the gate that is there
+            g = torch.where((self.num_new > 0)[:, None, None, None], g, all_g[slots])
+        all_g[slots] = g
+
     def plan_decode(self, table, counts):
         """What decode reads, by page tables (L, B, Hkv, M) and counts (L, B, Hkv) of some layers.
 
-        Returns lists over the layers of (pages, owner, masked). pages (n): the ids of all pages in
-        use, row after row; owner (n): the row that each belongs to; masked (n, P) bool: the slots
-        that a query does not see.
+        Returns (pages, owner, masked), each a tuple with a tensor for each layer. pages (n): the
+        ids of all pages in use, row after row; owner (n): the row that each belongs to; masked (n,
+        P) bool: the tokens of a page that a query does not see.
         """
         column = torch.arange(table.shape[3], device=self.device)
         used = column < self.R + pages_for(counts)[..., None]               # (L, B, Hkv, M)
@@ -1046,8 +1141,8 @@ class DualCache(Cache):
         """Turn a budget in bytes into pages; UserError if it is smaller than what works at all."""
         assert self.view_of is None, "a budget is one of the whole cache"
         # Two pages a row: one for what is held, one that a row may begin in 64 steps of decode.
-        fixed, rows = total(torch.tensor([self.fixed_bytes(), self.all_counts.numel()],
-                                         device=self.device), self.processes).tolist()
+        own = torch.tensor([self.fixed_bytes(), self.all_counts.numel()], device=self.device)
+        fixed, rows = all_reduce_sum(own, self.processes).tolist()
         least = fixed + 2 * rows * self.page_bytes()
         if budget < least:
             queries = "" if self.queries is None else ", SnapKV's queries"
@@ -1076,7 +1171,7 @@ class DualCache(Cache):
 
     def pages_in_all_rows(self):
         """How many pages of promoted tokens there are, in all processes."""
-        return int(total(pages_for(self.all_counts).sum(), self.processes))
+        return int(all_reduce_sum(pages_for(self.all_counts).sum(), self.processes))
 
     def evict_over_budget(self):
         """After a promotion: evict if there are too many pages, and say whether that was so.
@@ -1108,31 +1203,33 @@ class DualCache(Cache):
         scores = scores.masked_fill(~held, -1)          # last: positions there are stale
         keep, cut = best_tokens(scores, pos, row, len(counts), target, self.processes)
 
-        left = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
+        remaining = torch.zeros_like(counts).index_add_(0, row, keep.sum(dim=1))
         if self.kernels:
             self.kernels.compact(self.pool, table, counts, keep, self.R)
         else:
-            self.compact(table, pages, row, keep, left)
-        empty = column >= pages_for(left)[row]
+            self.compact(table, pages, row, keep, remaining)
+        empty = column >= pages_for(remaining)[row]
         self.pool.release(pages[empty].int())
         table[row[empty], self.R + column[empty]] = 0
         self.num_evictions += 1
-        self.num_evicted += int((counts - left).sum())
-        counts.copy_(left)
+        self.num_evicted += int((counts - remaining).sum())
+        counts.copy_(remaining)
         # Every full page may have new contents.
         self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
         if self.evict_by == "gate":
             self.set_tau(max(cut, self.tau_now))
 
-    def compact(self, table, pages, row, keep, left):
+    def compact(self, table, pages, row, keep, remaining):
         """Move the tokens to keep (n, P) of each row together, in order. Twin: kernels.compact.
 
-        pages, row (n): the pages in use and their rows, row after row; left (rows): tokens to keep.
+        pages, row (n): the pages in use and their rows, row after row; remaining (rows): tokens to
+        keep.
         """
         # Token number n of a row goes to place n of its list. It was there, or further on. If two
         # rows keep 3 and 2 tokens: 0 1 2 3 4, less those of earlier rows, 0 0 0 3 3, is 0 1 2 0 1.
         owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
-        number = torch.arange(len(owner), device=self.device) - (left.cumsum(0) - left)[owner]
+        before = remaining.cumsum(0) - remaining
+        number = torch.arange(len(owner), device=self.device) - before[owner]
         source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
         place = table[owner, self.R + number // P].long() * P + number % P
         self.pool.write(place, *self.pool.read(source))
@@ -1263,8 +1360,8 @@ class DualCache(Cache):
         """The reverse of `state`, from an untrusted file. Pages get new ids."""
         shape = (self.L, self.B, self.Hkv)
         counts = files.stored(path, file, "counts", shape, torch.int64)
-        left = (num_tokens - self.window).clamp(min=0)              # have left the window, (B)
-        if (counts < 0).any() or (counts > left[:, None]).any():
+        departed = (num_tokens - self.window).clamp(min=0)          # have left the window, (B)
+        if (counts < 0).any() or (counts > departed[:, None]).any():
             raise UserError(f"{path}: a row's count of promoted tokens should be from 0 to the "
                             "number of tokens that have left the window")
         n = int((self.R + pages_for(counts)).sum())
@@ -1469,7 +1566,7 @@ def best_tokens(scores, pos, row, rows, target, processes=1):
     def too_many(keep):
         counts = torch.zeros(rows, dtype=torch.int32, device=row.device)
         counts.index_add_(0, row, keep.sum(dim=1, dtype=torch.int32))
-        return total(pages_for(counts).sum(), processes) > target
+        return all_reduce_sum(pages_for(counts).sum(), processes) > target
 
     # The bits of floats from 0 on, read as int32, are ordered like the floats.
     bits = scores.view(torch.int32)
@@ -1477,12 +1574,12 @@ def best_tokens(scores, pos, row, rows, target, processes=1):
     threshold = largest(lambda c: too_many(bits >= c), row.device)
     better = bits > threshold
     tied = bits == threshold
-    if total(tied.sum(), processes) == 1:           # nearly always: it goes, without a search
+    if all_reduce_sum(tied.sum(), processes) == 1:      # nearly always: it goes, without a search
         tied = torch.zeros_like(tied)
     else:
         oldest = largest(lambda c: too_many(better | (tied & (pos >= c))), row.device)
         tied = tied & (pos > oldest)
-    any_tied = total(tied.sum(), processes) > 0
+    any_tied = all_reduce_sum(tied.sum(), processes) > 0
     cut = torch.where(any_tied, threshold, threshold + 1)           # + 1: the next float up
     return better | tied, cut.view(torch.float32).item()
 
@@ -1506,7 +1603,7 @@ def gather_tokens(x, index):
 
 # --------------------------------------------------------------------- attention in plain PyTorch
 
-def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
+def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=128):
     """Prefill: attention of T new tokens over older admitted keys and a band, by blocks of queries.
 
     q (B, Hq, T, D). k, v (B, Hkv, W + T, D) and g (B, Hkv, W + T): the band, where index W + t is
@@ -1517,7 +1614,7 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     The queries t0 .. t1-1 of a block all see the num_old[t0] oldest admitted keys, without a
     mask. Later keys lie in the band from index t0 + 1 (the beginning of t0's window) to W + t1 -
     1 (t1 - 1 itself), where the definition is applied key by key. With W = 100 and a block of
-    queries 512 to 767: the band from 513 to 867, 355 keys, however long the text is.
+    queries 512 to 639: the band from 513 to 739, 227 keys, however long the text is.
     """
     B, Hq, T, D = q.shape
     Hkv = k.shape[1]
@@ -1525,19 +1622,31 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=256):
     W = window
     q = q.view(B, Hkv, -1, T, D)                                            # (B, Hkv, G, T, D)
     out = torch.empty_like(q)
+    # The keys of the band that a block's queries see if these are refused, and if admitted. Counted
+    # from the band's first key it is the same for every block, so it is computed once.
+    n_queries = min(block, T)
+    i = torch.arange(W - 1, W - 1 + n_queries, device=q.device)[:, None]
+    j = torch.arange(W - 1 + n_queries, device=q.device)
+    if_refused = visible(i, j, REFUSED, W, tau)
+    if_admitted = visible(i, j, math.inf, W, tau)
+    is_admitted = g >= tau
+    is_token = g > -math.inf
+
     old_at_block = num_old[:, :, ::block].tolist()
     for t0 in range(0, T, block):
         t1 = min(t0 + block, T)
-        i = torch.arange(W + t0, W + t1, device=q.device)[:, None]      # queries, as band indices
-        j = torch.arange(t0 + 1, W + t1, device=q.device)               # keys of the band
+        n_queries = t1 - t0
+        n_band = W - 1 + n_queries
+        band = slice(t0 + 1, t0 + 1 + n_band)
         for b in range(B):
             for h in range(Hkv):
-                n = old_at_block[b][h][t0 // block]
-                band_g = g[b, h, t0 + 1:W + t1]
-                mask = q.new_ones(t1 - t0, n + len(j), dtype=torch.bool)
-                mask[:, n:] = visible(i, j, band_g, W, tau) & (band_g > -math.inf)
-                keys = torch.cat((old_k[b][h][:n], k[b, h, t0 + 1:W + t1]))     # (n + band, D)
-                values = torch.cat((old_v[b][h][:n], v[b, h, t0 + 1:W + t1]))
+                n_old = old_at_block[b][h][t0 // block]
+                mask = q.new_ones(n_queries, n_old + n_band, dtype=torch.bool)
+                admitted = if_admitted[:n_queries, :n_band] & is_admitted[b, h, band]
+                mask[:, n_old:] = if_refused[:n_queries, :n_band] | admitted
+                mask[:, n_old:] &= is_token[b, h, band]
+                keys = torch.cat((old_k[b][h][:n_old], k[b, h, band]))      # (n_old + n_band, D)
+                values = torch.cat((old_v[b][h][:n_old], v[b, h, band]))
                 keys, values = (x.expand(1, G, -1, -1) for x in (keys, values))
                 y = F.scaled_dot_product_attention(q[b:b + 1, h, :, t0:t1], keys, values, mask)
                 out[b, h, :, t0:t1] = y[0]
@@ -1554,20 +1663,25 @@ def paged_attention(q, k, v, owner, masked):
     This is split-KV, as in Flash-Decoding: the keys of one query are split into parts, here
     pages, and the partial sums are added. With m the largest score of the whole row, the sums
     under weights exp(s - m) simply add up. Pages are the unit, so nothing is padded to the
-    longest row. (The row of a sequence that has no token at all comes to 0 / 0, NaN. Nobody reads
-    it.)
+    longest row. (A row without any token has the largest score -inf, and -inf - -inf is NaN.
+    Nobody reads it.)
     """
     rows, G, D = q.shape
     q = (q / math.sqrt(D)).index_select(0, owner)                           # (n, G, D)
     scores = torch.bmm(q, k.transpose(1, 2)).float()                        # (n, G, P)
     scores.masked_fill_(masked[:, None], -math.inf)
-    m = scores.new_full((rows, G), -math.inf)
-    m.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
-    weights = scores.sub_(m.index_select(0, owner)[:, :, None]).exp_()
-    l = torch.zeros_like(m).index_add_(0, owner, weights.sum(dim=-1))       # (rows, G)
+
+    # The largest score of each page, then of each row.
+    row_max = scores.new_full((rows, G), -math.inf)
+    row_max.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
+
+    # Pages with the scores 1 and 3: row_max 3, weights e^-2 and 1, row_sum 1.135.
+    weights = scores.sub_(row_max.index_select(0, owner)[:, :, None]).exp_()
+    row_sum = torch.zeros_like(row_max).index_add_(0, owner, weights.sum(dim=-1))   # (rows, G)
+
     o = torch.bmm(weights.to(v.dtype), v).float()                           # (n, G, D)
     o = o.new_zeros(rows, G, D).index_add_(0, owner, o)                     # (rows, G, D)
-    return (o / l[:, :, None]).to(v.dtype)
+    return (o / row_sum[:, :, None]).to(v.dtype)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -1650,13 +1764,13 @@ def sparsity_loss(g, window):
     """A measure of the cache that gates g (..., T) ask for, as a share of a dense one.
 
     The training loss is the MSE of the student's and the teacher's last hidden states, plus
-    lambda times this. Token s of T lies in the window for o_s = min(1, W / (T - s)) of the rest
-    of the text, whatever its gate says. The remaining 1 - o_s is charged at 1 - (1 - g)^2 instead
-    of g. That curve is concave: two half-open gates pay 1.5, an open and a closed one pay 1. So
-    gates move to 0 or 1, and cutting them off at tau changes little.
+    lambda times this. The token at position p of T lies in the window for o_p = min(1, W / (T - p))
+    of the rest of the text, whatever its gate says. The remaining 1 - o_p is charged at
+    1 - (1 - g)^2 instead of g. That curve is concave: two half-open gates pay 1.5, an open and a
+    closed one pay 1. So gates move to 0 or 1, and cutting them off at tau changes little.
     """
     T = g.shape[-1]
-    in_window = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)       # o_s, (T)
+    in_window = (window / torch.arange(T, 0, -1, device=g.device)).clamp(max=1.0)       # o_p, (T)
     return (in_window + (1 - in_window) * (1 - (1 - g) ** 2)).mean()
 
 

@@ -25,7 +25,7 @@ modelling, in nats a token, without the chat template: lower is better.
 
     prose       the book
     code        the source of this repository
-    library     the source of Python's standard library
+    library     the source of Python's standard library (not for gates that were trained on it)
 
 Small models fail at some of this with full attention already, so every row also has its difference
 from full attention on the same cases. Rows are kept in --json as soon as they are measured: give
@@ -287,8 +287,8 @@ def second_turn(haystack, tokens, text, rng, question, answer):
     return fit("chat", tokens, text, two_turns, [answer])
 
 
-# Each answer has one usual form and is not a part of common words or of its question: we look for
-# it anywhere in what the model says.
+# Each answer has one usual form and is not a part of its question: we look for it anywhere in what
+# the model says. (So "10" is found in "100", too.)
 PAGE = [
     ("What is the capital of France?", "Paris"),
     ("What is the capital of Italy?", "Rome"),
@@ -562,7 +562,7 @@ class Comparison:
     def row(self, settings, make, task, tokens, **others):
         """The row of the policy make(). others: rows of the same cases, to subtract from it."""
         settings = dict(settings, task=task, tokens=tokens)
-        if task in READ[1:]:
+        if task in ("code", "library"):
             # Code changes with its version, and with it what its rows can be compared with.
             settings["text"] = digest(*self.documents(task))[:8]
 
@@ -720,9 +720,10 @@ def check(args):
 def check_positions(args, model):
     """UserError if a prompt with its answer has more positions than the model was trained for."""
     most = model.config.max_positions
-    needed = [(max(args.lengths) + max(ANSWER_TOKENS.values()), "--lengths")]
-    if "chat" in args.tasks:
-        needed.append((CHAT_TOKENS + ANSWER_TOKENS["chat"], "the task chat"))
+    needed = []
+    for task in args.tasks:
+        tokens = CHAT_TOKENS if task == "chat" else max(args.lengths)
+        needed.append((tokens + ANSWER_TOKENS.get(task, 0), f"the task {task}"))
     for tokens, why in needed:
         if tokens > most:
             raise UserError(f"{why} needs {tokens:,} positions with the answer, {model.name} has "

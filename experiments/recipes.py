@@ -10,7 +10,6 @@
 Each way changes one thing in the paper's recipe (train.py), so that it can be judged alone:
 
     paper           nothing
-    long            more steps (--long-steps)
     repeat          half of the samples ask the model to repeat a text
     target          the price of a token that is kept is the same in short and in long texts
     target-inverse  the opposite: the longer the text, the cheaper
@@ -64,6 +63,7 @@ class FirstFourGates(Gates):
     Nearly every head attends to them (attention sinks), whatever they say. If they are a matter of
     course, a gate need not learn it.
     """
+    stacked = None              # decode, too, asks `gate`
 
     def gate(self, layer, k, k_rotated, positions):
         g = super().gate(layer, k, k_rotated, positions)                        # (B, Hkv, T)
@@ -141,6 +141,7 @@ class HiddenGates(Gates):
     A policy is only asked about keys. So each layer's qkv projection hands us its input, just
     before the layer asks for gates. W1 has hidden_size columns instead of 2 D.
     """
+    stacked = None
 
     def __init__(self, L, Hkv, D, *, hidden_size, **settings):
         super().__init__(L, Hkv, D, **settings)
@@ -158,15 +159,16 @@ class HiddenGates(Gates):
         return files.load_gates(make, path, model).watch(model)
 
     def watch(self, model):
-        def take(qkv, inputs):
-            [self.hidden] = inputs                          # (B, T, hidden_size)
-
-        for layer in model.layers:
-            layer.qkv.register_forward_pre_hook(take)
+        self.hidden = {}                                    # layer -> (B, T, hidden_size)
+        for number, layer in enumerate(model.layers):
+            layer.qkv.register_forward_pre_hook(functools.partial(self.take, number))
         return self
 
+    def take(self, layer, qkv, inputs):
+        [self.hidden[layer]] = inputs
+
     def gate(self, layer, k, k_rotated, positions):
-        return self.layers[layer](self.hidden)
+        return self.layers[layer](self.hidden[layer])
 
 
 # ------------------------------------------------------------------------------------ other samples
@@ -402,7 +404,6 @@ class Way:
     sizes: Callable = expected_sizes
     repeats: float = 0.0                    # share of the samples that repeat a text
     early_loss: Callable = None             # for the first third of the steps, which all repeat
-    long: bool = False
 
     def is_early(self, step, config):
         return self.early_loss is not None and step < config.steps // 3
@@ -416,7 +417,6 @@ class Way:
 
 WAYS = {
     "paper": Way(),
-    "long": Way(long=True),
     "repeat": Way(repeats=0.5),
     "target": Way(price=price_by_length),
     "target-inverse": Way(price=inverse_price_by_length),
@@ -547,7 +547,7 @@ class Comparison:
     def trained(self, name, lam):
         """The path of the gates of a way, trained now if they are not there yet."""
         way = way_named(name)
-        config = training_config(self.args, self.model, way, lam)
+        config = training_config(self.args, self.model, lam)
         facts = (files.fingerprint(self.model), self.model.dtype, name, asdict(config),
                  self.books_identity)
         path = Path(self.args.work, f"{name}-lam{lam:g}-{quality.digest(*facts)[:8]}.safetensors")
@@ -562,7 +562,8 @@ class Comparison:
         say(f"trained in {time.perf_counter() - started:.0f} s, peak of memory "
             f"{peak_bytes(self.model.device) / 2**30:.1f} GiB")
         Path(self.args.work).mkdir(parents=True, exist_ok=True)
-        gates.save(path, self.model, lam, json.dumps(dict(asdict(config), way=name)))
+        recipe = dict(asdict(config), way=name, books=self.books_identity)
+        gates.save(path, self.model, lam, json.dumps(recipe))
         return path
 
     @functools.cached_property
@@ -651,7 +652,7 @@ class Comparison:
             return self.results.row(settings, measured)
 
 
-def training_config(args, model, way=WAYS["paper"], lam=0.0):
+def training_config(args, model, lam=0.0):
     """The paper's settings at the sizes of this experiment, changed by the options."""
     if train.is_bundled(args):
         preset = replace(quality.SWEEP, tasks="asked", seq_len=(1024, 2048, 4096, 8192))
@@ -659,37 +660,39 @@ def training_config(args, model, way=WAYS["paper"], lam=0.0):
         preset = replace(train.PAPER, seq_len=(2048, 4096, 8192), tokens_per_step=32768, steps=200)
     positions = model.config.max_positions
     seq_len = tuple(n for n in preset.seq_len if n <= positions) or (positions,)
-    config = replace(preset, lam=lam, seed=args.seed, seq_len=args.seq_len or seq_len,
-                     steps=args.steps or preset.steps, lr=args.lr or preset.lr,
-                     window=args.window or preset.window,
-                     expansion=args.expansion or preset.expansion,
-                     tokens_per_step=args.tokens_per_step or preset.tokens_per_step)
+    given = {name: getattr(args, name) for name in
+             ("seq_len", "steps", "lr", "tokens_per_step", "window", "expansion")
+             if getattr(args, name) is not None}
+    config = replace(preset, **{"seq_len": seq_len, **given}, lam=lam, seed=args.seed)
     train.check_lengths(config)
-    return replace(config, steps=args.long_steps) if way.long else config
+    return config
 
 
 def describe(path):
-    """What a row says about a file of gates: way, lambda and steps, as far as the file knows."""
+    """What a row says about a file of gates, as far as the file knows it."""
     settings = dict(policy=Path(path).stem, gates=quality.digest(Path(path).read_bytes())[:8])
     if Path(path).suffix == ".pt":          # the authors' files have no metadata
         return settings
-    metadata = open_tensors(path).metadata() or {}
-    settings["lam"] = metadata.get("lam", "?")
-    with contextlib.suppress(ValueError, AttributeError):       # gates that train.py has not made
-        recipe = json.loads(metadata.get("recipe", ""))
-        settings["steps"] = recipe.get("steps")
-        settings["window"] = recipe.get("window")
-        settings["policy"] = recipe.get("way", settings["policy"])
+    settings["lam"] = (open_tensors(path).metadata() or {}).get("lam", "?")
+    recipe = recipe_of(path)
+    settings.update({key: recipe.get(key) for key in ("steps", "window", "books")})
+    settings["policy"] = recipe.get("way", settings["policy"])
     return settings
+
+
+def recipe_of(path):
+    """The recipe in a file's metadata, a dict; empty if it was not made here."""
+    metadata = {} if Path(path).suffix == ".pt" else open_tensors(path).metadata() or {}
+    with contextlib.suppress(ValueError):
+        recipe = json.loads(metadata.get("recipe", ""))
+        if isinstance(recipe, dict):
+            return recipe
+    return {}
 
 
 def load(path, model):
     """The gates in a file, of the class that their way has."""
-    try:
-        way = way_named(describe(path)["policy"])
-    except UserError:                       # gates that another program has made
-        way = WAYS["paper"]
-    return way.gates.load(path, model)
+    return way_named(recipe_of(path).get("way", "paper")).gates.load(path, model)
 
 
 def print_tables(rows, tables):
@@ -700,8 +703,9 @@ def print_tables(rows, tables):
     for row in rows:
         settings = row["settings"]
         name = settings["policy"]
-        if settings.get("window"):
-            name += f" W={settings['window']}"
+        for letter, key in (("W", "window"), ("steps", "steps")):
+            if settings.get(key):
+                name += f" {letter}={settings[key]}"
         key = (name, settings.get("lam", ""), settings.get("gates"))
         cells.setdefault(key, {})[settings["task"], settings["tokens"]] = cell(row)
     for tests in tables:
@@ -739,8 +743,6 @@ def parse(argv):
     group = parser.add_argument_group("training (the default: bundled model; others)")
     group.add_argument("--books", metavar="TEXT", help="file or folder to train on")
     group.add_argument("--steps", type=whole(1), metavar="N", help="default: 300; 200")
-    group.add_argument("--long-steps", type=whole(1), default=2000, metavar="N",
-                       help="of the way `long` (default: 2000)")
     group.add_argument("--seq-len", type=train.lengths, metavar="N,N", help="tokens a sample "
                        "(default: 1024,2048,4096,8192; 2048,4096,8192)")
     group.add_argument("--tokens-per-step", type=whole(1), metavar="N", help="default: 32768")

@@ -1,5 +1,6 @@
 """Tests of the laboratory: policies.py, quality.py, plot.py and the figures in README.md."""
 import json
+import math
 import os
 import random
 import re
@@ -774,3 +775,38 @@ def test_the_readmes_commands_parse():
     known = (HERE / "experiments" / "quality.py").read_text()
     for option in re.findall(r"--[a-z-]+", " ".join(commands)):
         assert f'"{option}"' in known or option in ("--model", "--device", "--dtype"), option
+
+
+def test_the_readmes_figures_of_the_real_model():
+    """The same for the tables of recipes on the real model: kept shares, and differences."""
+    rows = {}
+    for row in json.loads((HERE / "experiments/recipes-smollm2.json").read_text())["rows"]:
+        s = row["settings"]
+        if s["policy"] != "full":
+            key = (s["policy"], s["books"], s["lam"], s["steps"], s["window"], s["cases"])
+            rows.setdefault(key, {})[s["task"], s["tokens"]] = row
+
+    def cells(*key):
+        prose, *needles = (rows[key][test] for test in
+                           (("prose", 4096), ("needle", 1024), ("needle", 2048)))
+        result = [f"{prose['kept']:.1%}", f"{prose['prose']['minus_full']['mean']:.3f}"]
+        for row in needles:
+            points = round(100 * row["needle"]["minus_full"]["mean"], 6)
+            result += [f"{row['kept']:.1%}", f"-{math.floor(0.5 - points)}"]
+        return result
+
+    def line(start):
+        [found] = re.findall(rf"^\| \**{re.escape(start)}\** \| (.*) \|$", README, re.M)
+        return found.replace("*", "").split(" | ")
+
+    texts = {"novels": "books", "code": "code", "novels and code": "books and code"}
+    for text, lam in (("novels", "0.32"), ("novels", "0.64"), ("novels", "1.28"), ("code", "0.64"),
+                      ("novels and code", "0.64")):
+        assert line(f"{text}, {lam}") == cells("paper", texts[text], lam, 150, 256, 100)
+    for way, lam in (("hidden", "0.64"), ("hard-concrete", "0.64"), ("target-inverse", "0.64"),
+                     ("target", "0.64"), ("lambdas", "0.64"), ("first4", "0.64"),
+                     ("repeat", "1.28"), ("future", "0.64")):
+        found = re.findall(rf"^\| \**{way}\**, {lam} \| (.*) \|$", README, re.M)[0]
+        kept, nats, _, *needles = found.replace("*", "").split(" | ")
+        want = cells(way, "books", lam, 150, 256, 200)
+        assert [kept, nats, *needles[:2], *needles[3:5]] == want, way
