@@ -414,7 +414,7 @@ class DecodeStep:
         self.use_graph = use_graph and kv.capturable
         self.choice_in_graph = choose is None                   # a sampler's state is on the host
         self.graph = None
-        self.moves = None           # of the cache, at the last step
+        self.reallocations = None           # of the cache, at the last step
 
     def start(self, first, hidden):
         """Choose the first ids of sequences `first` and on, by their states (n, hidden_size)."""
@@ -437,9 +437,9 @@ class DecodeStep:
         """Take a step: the first plainly, because it compiles kernels, the others by the graph."""
         if self.use_graph:
             self.kv.ensure_room(1)          # a replay does not ask, and a capture must not
-        if self.kv.moves != self.moves:
+        if self.kv.reallocations != self.reallocations:
             self.graph = None               # it holds addresses that have changed
-            self.moves = self.kv.moves
+            self.reallocations = self.kv.reallocations
             self.body()
         elif self.use_graph and self.graph is None:
             self.graph = torch.cuda.CUDAGraph()

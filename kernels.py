@@ -133,10 +133,10 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
     One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
-    With a single new token there is one program a head (Llama-3.1-8B: 8 in all), and each reads
-    all of its W1 while the rest of the GPU is idle. So the hidden units are split over programs
-    too. The last to arrive adds the parts, in their order, so that the same call always gives the
-    same gates.
+    With few tokens there are few programs: for one token of a model of 8 layers with 4 heads 32,
+    each with all of its W1 to read, on a GPU of 132 multiprocessors. So the hidden units are split
+    over programs too. The last to arrive adds the parts, in their order, so that the same call
+    always gives the same gates.
 
     w1 (H, HIDDEN, 2 D), b1, w2 (H, HIDDEN), b2 (H): the H heads of one layer, or of all, one layer
     after the other. The norms pre and post have D numbers for every layer_heads heads. All in
@@ -203,8 +203,11 @@ def gate(parameters, k, k_rotated):
     if N <= 16:
         BN = 16
     BH = 32
-    splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16) if N <= 64 else 1
     blocks = triton.cdiv(N, BN)
+    splits = 1
+    if N <= 64:             # so that there are a thousand programs, if the hidden units suffice
+        splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16,
+                     triton.next_power_of_2(triton.cdiv(1024, blocks * H)))
     out = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
     partial = out.new_empty(blocks * H * splits * BN if splits > 1 else 1)
     gate_kernel[(blocks, H, splits)](

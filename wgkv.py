@@ -436,7 +436,7 @@ class Cache:
         self.room = (0, batch, 0)
         self.in_call = None
         self.in_decode = False
-        self.moves = 0
+        self.reallocations = 0
         self.most_steps = 1024
 
     @property
@@ -618,7 +618,7 @@ class DenseCache(Cache):
         if needed <= capacity:
             return
         capacity = pages_for(max(needed, *self.expected, capacity + capacity // 4)) * P
-        self.moves += 1
+        self.reallocations += 1
         for layers in (base.k, base.v):
             for layer in range(self.L):         # one at a time: nothing else is held twice
                 layers[layer] = F.pad(layers[layer], (0, 0, 0, capacity - layers[layer].shape[2]))
@@ -854,12 +854,12 @@ class DualCache(Cache):
                 rings = base.L * base.B * self.Hkv * self.R
                 larger = min(larger, 1 + rings + self.most_pages + self.B * self.Hkv * extra)
             self.pool.grow(max(wanted - num_free, larger - len(self.pool.k)))
-            self.moves += 1
+            self.reallocations += 1
         columns = self.R + longest + extra
         table = base.all_page_table
         if table.shape[3] < columns:
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
-            self.moves += 1
+            self.reallocations += 1
 
     def pool_size(self, wanted, promoted, departed):
         """The least size, in pages, of a pool that has to grow.
@@ -927,8 +927,8 @@ class DualCache(Cache):
     def promote(self, table, counts, promote_mask, k, v, g, pos):
         """Append the tokens where promote_mask is True to their rows' lists, in order.
 
-        table (N, B, Hkv, M) and counts (N, B, Hkv) of N layers, updated in place; promote_mask, g
-        and pos (N, B, Hkv, T), k, v (N, B, Hkv, T, D). The kernels' twin: promote.
+        table (n, B, Hkv, M) and counts (n, B, Hkv) of n layers, updated in place; promote_mask, g
+        and pos (n, B, Hkv, T), k, v (n, B, Hkv, T, D). The kernels' twin: promote.
         """
         # Each promoted token's number in its list, from 1; elsewhere it means nothing. A row of 63
         # tokens with the mask 1 0 1 has numbers 64 64 65: the first goes to the last slot of its
@@ -939,7 +939,7 @@ class DualCache(Cache):
         column = torch.arange(table.shape[3] - self.R, device=self.device)
         have = pages_for(counts)[..., None]
         need = pages_for(after)[..., None]
-        fresh = (have <= column) & (column < need)                  # (N, B, Hkv, M - R)
+        fresh = (have <= column) & (column < need)                  # (n, B, Hkv, M - R)
         table[..., self.R:][fresh] = self.pool.take(int(fresh.sum()))
         counts_before = counts.clone()
         counts.copy_(after)
@@ -1382,7 +1382,7 @@ class DualCache(Cache):
         columns = self.R + int(pages_for(counts.max()))
         if self.page_table.shape[3] < columns:
             self.all_page_table = F.pad(self.page_table, (0, columns - self.page_table.shape[3]))
-        self.moves += 1
+        self.reallocations += 1
         counts = counts.to(self.device)
         used = self.pages_in_use(counts)
         used[..., :self.R] = False                                  # rings have their pages
@@ -1607,7 +1607,7 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=128):
     """Prefill: attention of T new tokens over older admitted keys and a band, by blocks of queries.
 
     q (B, Hq, T, D). k, v (B, Hkv, W + T, D) and g (B, Hkv, W + T): the band, where index W + t is
-    new token t, and g is -inf where there is no token. old_k, old_v: for each row a tensor (N, D)
+    new token t, and g is -inf where there is no token. old_k, old_v: for each row a tensor (n, D)
     of its admitted keys, oldest first. num_old (B, Hkv, T): how many of them lie outside the
     window of new token t. Returns (B, Hq, T, D).
 
