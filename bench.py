@@ -56,8 +56,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from generate import Server, Text, decode, load_model, make_admission, prefill
+from generate import Server, decode, load_model, make_admission, prefill
 from model import Config, Llama, check_memory, share_config
+from tokenizer import Text
 from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
 UNCOUNTED_STEPS = 8         # of each decode run: a CUDA graph is captured in the second

@@ -44,11 +44,12 @@ import model as M
 import train
 from common import HERE, UserError, run_program
 from files import page_share
-from generate import BYTE_TOKEN, Text, TextStream, kept_page, sampler, token_texts
+from generate import kept_page, sampler
 from model import Config, Llama, SINGLE
 from test_wgkv import Bomb, official, refused
 from tiny import tasks
 from tiny.make import ANSWER_WEIGHT, Documents, Sentences
+from tokenizer import BYTE_TOKEN, Text, TextStream, token_texts
 from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, SoftAttention, pages_for
 
 torch.set_num_threads(1)        # most things here are small: threads would only wait for each other

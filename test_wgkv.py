@@ -87,6 +87,7 @@ import generate
 import wgkv
 from common import HERE, UserError
 from model import Config, Llama, rotate
+from tokenizer import Text
 from wgkv import (MIN_GATE, P, DenseCache, DualCache, Gates, PagePool, RandomAdmission,
                   SoftAttention, dense_attention, pages_for, sparsity_loss, visible_mask)
 
@@ -399,7 +400,7 @@ def test_golden_transcript():
     """The bundled model's answer to its example, on a CPU, id by id."""
     folder = HERE / "tiny"
     model = Llama.from_pretrained(str(folder), dtype=torch.float32)
-    text = generate.Text(str(folder))
+    text = Text(str(folder))
     gates = Gates.load(folder / "gates.safetensors", model)
     prompt = text.encode((folder / "example.txt").read_text())
     cache = DualCache(model, gates)
@@ -1882,7 +1883,8 @@ def test_the_simple_cache_is_the_method():
     equal(torch.stack(got), expected(qkv, g, 9)[0, 0, 0])
 
 
-OUR_FILES = ["common", "hopper", "kernels", "model", "files", "wgkv", "generate", "train", "bench"]
+OUR_FILES = ["common", "hopper", "kernels", "model", "files", "wgkv", "tokenizer", "generate",
+             "train", "bench"]
 
 
 def imported(name):

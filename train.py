@@ -51,9 +51,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from files import LEVELS, fingerprint, load_official, write_quantiles
-from generate import GateLog, Text, decode, load_model, prefill, sampler
+from generate import GateLog, decode, load_model, prefill, sampler
 from model import open_tensors
 from tiny import tasks
+from tokenizer import Text
 from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, SoftAttention, sparsity_loss
 
 EXAMPLES = """examples:

@@ -55,9 +55,10 @@ from experiments.policies import (SIMPLER, Limited, make_cache, matched,        
                                   rank_heads)
 from experiments.quality import Results, digest, identity, interval, minus      # noqa: E402
 from files import fingerprint                                                   # noqa: E402
-from generate import Text, load_model, prefill                                  # noqa: E402
+from generate import load_model, prefill                                        # noqa: E402
 from model import open_tensors                                                  # noqa: E402
 from tiny import tasks                                                          # noqa: E402
+from tokenizer import Text                                                      # noqa: E402
 from wgkv import Gates                                                          # noqa: E402
 
 ASKED = ("needle", "needles", "values", "tracking", "words", "chat")    # tasks with answers
@@ -80,7 +81,7 @@ class Case:
     """A prompt in chat form, and what its answer should contain.
 
     policies.py takes it for a document: a body that is read first, and a question about it. Both
-    are text in which the template's control tokens have secret names (generate.Text).
+    are text in which the template's control tokens have secret names (tokenizer.Text).
     """
     task: str
     body: str           # the conversation up to the question

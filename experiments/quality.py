@@ -62,8 +62,9 @@ from common import (HERE, Parser, UserError, check_writable, model_options,     
 from experiments.policies import (SIMPLER, Limited, OracleAdmission,            # noqa: E402
                                   SinksAndWindow, make_cache, matched, rank_heads, uniform_random)
 from files import fingerprint                                                # noqa: E402
-from generate import Text, TextStream, decode, load_model, prefill              # noqa: E402
+from generate import decode, load_model, prefill                                # noqa: E402
 from tiny import tasks                                                          # noqa: E402
+from tokenizer import Text, TextStream                                          # noqa: E402
 from wgkv import DualCache, Gates, RandomAdmission                              # noqa: E402
 
 TASKS = ("facts", "lists", "classes", "copy", "prose")

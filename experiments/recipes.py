@@ -50,8 +50,9 @@ import train                                                                    
 from common import (Parser, UserError, model_options, peak_bytes,               # noqa: E402
                     progress, real, run_program, say, whole)
 from experiments import chat, quality                                           # noqa: E402
-from generate import Text, load_model                                           # noqa: E402
+from generate import load_model                                                 # noqa: E402
 from model import CausalAttention, open_tensors, rotate                         # noqa: E402
+from tokenizer import Text                                                      # noqa: E402
 from wgkv import SINKS, Gates, sparsity_loss                                    # noqa: E402
 
 

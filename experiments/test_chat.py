@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import HERE, UserError, run_program
 from experiments import chat
 from experiments.policies import SIMPLER, Limited, attention_mass, make_cache, rank_heads
-from generate import Text, prefill
+from generate import prefill
 from model import Llama
 from tiny import tasks
+from tokenizer import Text
 from wgkv import P, Gates, RandomAdmission
 
 torch.set_num_threads(1)        # everything here is small: threads would only wait for each other

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from common import HERE, UserError, run_program
 from experiments import plot, policies, quality
-from generate import Text, prefill
+from generate import prefill
 from model import Llama
 from tiny import tasks
+from tokenizer import Text
 from wgkv import P, DualCache, Gates, RandomAdmission, pages_for
 
 torch.set_num_threads(1)        # most things here are small: threads would only wait for each other

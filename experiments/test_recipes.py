@@ -17,8 +17,9 @@ import train
 from common import HERE, run_program
 from experiments import recipes
 from experiments.recipes import WAYS, WaySamples
-from generate import Text, prefill
+from generate import prefill
 from model import Llama
+from tokenizer import Text
 from wgkv import DualCache, Gates, sparsity_loss
 
 torch.set_num_threads(1)        # most things here are small: threads would only wait for each other

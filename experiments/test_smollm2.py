@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
 from common import HERE, run_program
 from experiments import smollm2
-from generate import Text, decode, prefill
+from generate import decode, prefill
 from model import Llama
+from tokenizer import Text
 from wgkv import DenseCache
 
 torch.set_num_threads(1)        # decode is no slower, and a busy machine makes threads wait
