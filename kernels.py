@@ -1,8 +1,8 @@
 """The operations of wgkv.py and model.py as Triton kernels: the same functions, at GPU speed.
 
-    rotate, gate                    keys on their way into the cache
+    rotate, gate                    prefill: keys on their way into the cache
     promote, promote_leaving        what leaves the window: into pages, or gone
-    write_kv                        decode: the new token into its row
+    rotate_and_write                decode: the new token into its row
     prefill_attention               many new tokens over pages and band (stripes and slash), exact
     plan_decode, decode_attention   one new token a sequence over ragged rows of pages
     bound_pages, select_pages       selection: which pages a step of decode attends to
@@ -48,8 +48,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton makes a special version of a kernel if an integer argument is 1, and another if it is a
 # multiple of 16. These vary from call to call, so one version serves all their values.
-UNSPECIALIZED = ["T", "W", "N", "R", "band", "rows", "columns", "Hq", "Hkv", "ring_size",
-                 "newest"]
+UNSPECIALIZED = ["T", "W", "N", "R", "H", "layer_heads", "band", "rows", "columns", "Hq", "Hkv",
+                 "ring_size", "newest"]
 
 # A masked score, and the maximum before any score has been seen. They differ so that a query
 # which has seen only masked keys has weights 2^(MASKED - INITIAL_MAX) = 0; and both are finite,
@@ -117,11 +117,11 @@ def rotate(q, k, cos, sin):
     Hkv = k.shape[1]
     q_out = q.new_empty(q.shape)
     k_out = k.new_empty(k.shape)
-    BT = 32 if T > 1 else 1
+    BT = 32
     rotate_kernel[(triton.cdiv(T, BT), B * (Hq + Hkv))](
         q, k, cos, sin, q_out, k_out, T, Hq, Hkv, cos.stride(0) if len(cos) > 1 else 0,
         *q.stride()[:3], *k.stride()[:3], D=D, HALF=triton.next_power_of_2(D // 2), BT=BT,
-        num_warps=4 if T > 1 else 1)
+        num_warps=4)
     return q_out, k_out
 
 
@@ -133,10 +133,9 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     """x = [ RMSNorm(k) ; RMSNorm(rotated k) ]     g = sigmoid( w2 . GELU(W1 x + b1) + b2 )
 
     One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
-    With few tokens there are few programs: for one token of a model of 8 layers with 4 heads 32,
-    each with all of its W1 to read, on a GPU of 132 multiprocessors. So the hidden units are split
-    over programs too. The last to arrive adds the parts, in their order, so that the same call
-    always gives the same gates.
+    Few tokens would make few programs: 32 for one token of a model of 8 layers with 4 heads, on a
+    GPU of 132 multiprocessors. So the hidden units are split over programs too. The last to arrive
+    adds the parts, in their order, so that the same call always gives the same gates.
 
     w1 (H, HIDDEN, 2 D), b1, w2 (H, HIDDEN), b2 (H): the H heads of one layer, or of all, one layer
     after the other. The norms pre and post have D numbers for every layer_heads heads. All in
@@ -205,7 +204,7 @@ def gate(parameters, k, k_rotated):
     BH = 32
     blocks = triton.cdiv(N, BN)
     splits = 1
-    if N <= 64:             # so that there are a thousand programs, if the hidden units suffice
+    if N <= 64:             # towards 1024 programs, if there are hidden units enough
         splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16,
                      triton.next_power_of_2(triton.cdiv(1024, blocks * H)))
     out = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
@@ -323,6 +322,7 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
                            counts_l, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
                            BOUNDS: tl.constexpr):
     """One program: one row of one layer. Its oldest token leaves the ring: to the pages, or gone.
+    Its slot goes to slots (L, B Hkv).
 
     Grid (B Hkv, L). page_table (L, B, Hkv, M) and counts (L, B, Hkv) may be views of some
     sequences: table_l and counts_l are their strides from layer to layer. tau is read from
@@ -363,7 +363,7 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
 
     page_table (L, B, Hkv, M) and counts (L, B, Hkv), updated in place; num_tokens, num_new (B)
     int64; tau (1) fp32. The pool must hold a free page for each row. Returns the slots (L, B, Hkv,
-    1) int64 that are free for the new tokens. Twin: wgkv.DualCache.promote_leaving.
+    1) int64 of the places that new tokens take. Twin: wgkv.DualCache.promote_leaving.
     """
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape

@@ -1683,7 +1683,11 @@ def test_small_kernels(B, Hkv, T, D, expansion, kernels, gpu):
     with torch.enable_grad():
         want = [gates.gate(layer, k[:, layer], k_rotated[:, layer], None) for layer in range(3)]
         equal(gates.stacked()(k, k_rotated, None), torch.stack(want, dim=1))
-    equal(gates.stacked()(k, k_rotated, None), torch.stack(want, dim=1))
+    got = kernels.gate(gates.stack, k.flatten(1, 2), k_rotated.flatten(1, 2))
+    equal(got.unflatten(1, (3, Hkv)), torch.stack(want, dim=1))
+    gates.layers[1].b2.data += 1                # the stack has the parameters themselves
+    with torch.enable_grad():
+        equal(gates.stacked()(k, k_rotated, None)[:, 1], gates.gate(1, k[:, 1], k_rotated[:, 1], 0))
 
     # Rotated, and written where each row has its place.
     page_k, page_v = torch.full((2, 2 * B * Hkv, P, D), 7.0)
@@ -1758,7 +1762,7 @@ def test_half_precision(D, G, W, plain, dtype, kernels, gpu):
 
 # ----------------------------------------------------------------------------------------- programs
 
-@pytest.mark.parametrize("kind", ("dual", "dense"))
+@pytest.mark.parametrize("kind", ("gates", "random", "dense"))
 def test_running_ahead_changes_nothing(kind, gpu):
     """decode in a captured graph, steps ahead of its reader, is decode step by step.
 
@@ -1767,11 +1771,13 @@ def test_running_ahead_changes_nothing(kind, gpu):
     model = small_llama(3, num_layers=2, vocab_size=400, tied=False)
     torch.manual_seed(3)
     prompts = [torch.randint(50, (n,)).tolist() for n in (90, 40, 61)]
+    c = model.config
+    gates = perturbed_gates(c.num_layers, c.num_kv_heads, c.head_dim, tau=0.5)
 
     def start():
         kv = DenseCache(model, 3)
-        if kind == "dual":
-            kv = DualCache(model, RandomAdmission(0.5), 3, window=17)
+        if kind != "dense":
+            kv = DualCache(model, RandomAdmission(0.5) if kind == "random" else gates, 3, window=17)
         return kv, generate.prefill(model, kv, prompts, 32)
 
     kv, hidden = start()

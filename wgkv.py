@@ -201,7 +201,8 @@ class Gates(nn.Module):
     """A Gate for each layer, with the window and tau they belong to.
 
     Anything with a method `gate` like this one's is an *admission policy*; it may have a window and
-    a tau (else they are 256 and 0.1).
+    a tau (else they are 256 and 0.1), and a method `stacked`, which decode then asks instead of
+    `gate`. (A subclass with a `gate` of its own needs its own `stacked`, or None in its place.)
 
     Why tau = 0.1? Training pushes gates to 0 or 1, but some stay between, and the model learned
     to use their keys with that weight. 0.1 is the largest tau at which cutting gates to 0 or 1 cost
@@ -218,6 +219,7 @@ class Gates(nn.Module):
         self.expansion = expansion
         self.quantiles = {}     # of gates, by length of the text: see files.page_share
         self.layers = nn.ModuleList(Gate(Hkv, D, expansion) for _ in range(L))
+        self.stack = None       # all layers' parameters one after the other: see `stacked`
 
     @classmethod
     def for_model(cls, model, **settings):
@@ -234,15 +236,22 @@ class Gates(nn.Module):
     def stacked(self):
         """A function like `gate` for the keys (B, L, Hkv, T, D) of all layers; g (B, L, Hkv, T).
 
-        In decode one call then replaces L. It has the parameters of now: a cache made later has
-        later ones.
+        In decode one call then replaces L.
         """
-        parts = {name: torch.cat([getattr(layer, name).detach() for layer in self.layers])
-                 for name, _ in self.layers[0].named_parameters()}
-        parameters = types.SimpleNamespace(**parts)
+        first = self.layers[0]
+        if self.stack is None or self.stack.w1.data_ptr() != first.w1.data_ptr():
+            self.stack = types.SimpleNamespace()
+            for name, _ in first.named_parameters():
+                parts = [getattr(layer, name) for layer in self.layers]
+                together = torch.cat([p.detach() for p in parts])
+                setattr(self.stack, name, together)
+                # The layers' parameters become views of it: nothing is held twice, and training or
+                # loading changes both.
+                for p, view in zip(parts, together.chunk(len(parts))):
+                    p.data = view
 
         def gates(k, k_rotated, positions):
-            g = gate(parameters, k.flatten(1, 2), k_rotated.flatten(1, 2))  # (B, L * Hkv, T)
+            g = gate(self.stack, k.flatten(1, 2), k_rotated.flatten(1, 2))  # (B, L * Hkv, T)
             return g.unflatten(1, (len(self.layers), -1))
 
         return gates
@@ -372,16 +381,18 @@ class PagePool:
     def read(self, slots):
         """k, v (..., D), g, pos (...) of flat slots (...)."""
         def rows(x):
-            return x.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *x.shape[2:])
+            x = x.view(-1, *x.shape[2:])
+            return x.index_select(0, slots.flatten()).view(*slots.shape, *x.shape[1:])
 
         return rows(self.k), rows(self.v), rows(self.g), rows(self.pos)
 
     def write(self, slots, k, v, g, pos):
-        """The reverse; no slot may occur twice."""
+        """The reverse; no slot may occur twice. What is None stays as it is."""
         # index_copy_ copies whole rows, several times as fast on a CPU as x[slots] = ...
-        for x, new in ((self.k, k), (self.v, v), (self.g, g), (self.pos, pos.int())):
-            new = new.reshape(-1, *x.shape[2:])
-            x.flatten(0, 1).index_copy_(0, slots.flatten(), new)
+        for x, new in ((self.k, k), (self.v, v), (self.g, g), (self.pos, pos)):
+            if new is not None:
+                new = new.reshape(-1, *x.shape[2:]).to(x.dtype)
+                x.view(-1, *x.shape[2:]).index_copy_(0, slots.flatten(), new)
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -413,8 +424,8 @@ class Cache:
     room = Shared()         # (first, count, tokens): these sequences have room for so many more
     in_call = Shared()      # the sequences (first, count) of a call that has not ended
     in_decode = Shared()    # inside `decoding`
-    moves = Shared()        # how often a tensor of the cache was replaced by a larger one: where it
-                            # has changed, a CUDA graph must be captured anew
+    reallocations = Shared()    # how often a tensor of the cache was replaced by a larger one:
+                            # where it has changed, a CUDA graph must be captured anew
     most_steps = Shared()   # how many steps one `reserve` can be asked for
 
     def __init__(self, model, batch=1):
@@ -743,6 +754,7 @@ class DualCache(Cache):
         decode attends to. UserError if budget or select is too small to work.
         """
         super().__init__(model, batch)
+        self.step_keys = []             # of a decode step: each layer's new keys before RoPE
         self.admission = admission
         self.window = getattr(admission, "window", 256) if window is None else window
         self.tau = getattr(admission, "tau", 0.1) if tau is None else tau
@@ -787,6 +799,7 @@ class DualCache(Cache):
     @admission.setter
     def admission(self, policy):
         self._admission = policy
+        self.reallocations += 1         # a captured step has the old one's parameters
         # For decode the gates of all layers in one call; None if the policy has only `gate`.
         stacked = getattr(policy, "stacked", None)
         self.all_gates = stacked() if stacked else None
@@ -976,15 +989,15 @@ class DualCache(Cache):
         W = self.window
         table = self.page_table[layer]
         counts = self.counts[layer]
-        # 1. The band. In a short text old_pos begins below 0: there places are empty, with the
-        # gate -inf.
+        # 1. The band. In a short text old_pos begins below 0; those places are empty, with the gate
+        # -inf.
         old_pos = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)    # (B, W)
         ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, old_pos))
         band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
         band_v = torch.cat((ring_v, v), dim=2)
         band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
-        # 2. Promote what leaves: band index t when new token t arrives. With W = 4 and T = 6 that
-        # are the four of the ring and the call's own tokens 0 and 1, of band indices 4 and 5.
+        # 2. Promote what leaves: band index t when new token t arrives. With W = 4 and T = 6 these
+        # are the four tokens of the ring, and the call's own tokens 0 and 1 (band indices 4 and 5).
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
         promote_mask = (band_g[:, :, :T] >= self.tau_now) & valid      # (B, Hkv, T)
         # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
@@ -1048,9 +1061,7 @@ class DualCache(Cache):
             if self.padded:             # a sequence without a new token writes nothing
                 active = self.num_new > 0
                 slots, k, v, pos = (x[active] for x in (slots, k, v, pos))
-            pool.k.view(-1, self.D)[slots] = k
-            pool.v.view(-1, self.D)[slots] = v
-            pool.pos.view(-1)[slots] = pos.int()
+            pool.write(slots, k, v, None, pos)
         if self.base.queries is not None:
             self.record_queries(layer, q)
         if self.kernels:
@@ -1072,13 +1083,14 @@ class DualCache(Cache):
     def end(self):
         if self.step_keys:
             self.write_gates()
+            self.step_keys = []
         super().end()
 
     def write_gates(self):
         """Decode: the gates of the new tokens of all layers, into their places in the rings.
 
-        They are not needed before these tokens leave their rings. So all layers' are computed in
-        one call after the last layer, where each layer's own would cost a launch more.
+        They are not needed before these tokens leave their rings. So all layers' are computed after
+        the last layer: in one call, if the policy has `stacked`.
         """
         k = torch.stack(self.step_keys, dim=1)                              # (B, L, Hkv, 1, D)
         slots = self.slots.transpose(0, 1)                                  # (B, L, Hkv, 1)
@@ -1088,10 +1100,10 @@ class DualCache(Cache):
         else:
             g = torch.stack([self.admission.gate(layer, k[:, layer], k_rotated[:, layer],
                                                  self.positions) for layer in range(self.L)], dim=1)
-        all_g = self.pool.g.view(-1)
         if self.padded:         # a sequence without a new token keeps the gate that is there
-            g = torch.where((self.num_new > 0)[:, None, None, None], g, all_g[slots])
-        all_g[slots] = g
+            old = self.pool.g.view(-1)[slots]
+            g = torch.where((self.num_new > 0)[:, None, None, None], g, old)
+        self.pool.write(slots, None, None, g, None)
 
     def plan_decode(self, table, counts):
         """What decode reads, by page tables (L, B, Hkv, M) and counts (L, B, Hkv) of some layers.
@@ -1661,8 +1673,8 @@ def paged_attention(q, k, v, owner, masked):
     (rows, G, D).
 
     This is split-KV, as in Flash-Decoding: the keys of one query are split into parts, here
-    pages, and the partial sums are added. With m the largest score of the whole row, the sums
-    under weights exp(s - m) simply add up. Pages are the unit, so nothing is padded to the
+    pages, and the partial sums are added. With row_max the largest score of the whole row, the sums
+    under weights exp(s - row_max) simply add up. Pages are the unit, so nothing is padded to the
     longest row. (A row without any token has the largest score -inf, and -inf - -inf is NaN.
     Nobody reads it.)
     """

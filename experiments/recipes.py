@@ -169,7 +169,7 @@ class HiddenGates(Gates):
         [self.hidden[layer]] = inputs
 
     def gate(self, layer, k, k_rotated, positions):
-        return self.layers[layer](self.hidden[layer])
+        return self.layers[layer](self.hidden.pop(layer))
 
 
 # ------------------------------------------------------------------------------------ other samples
