@@ -389,10 +389,14 @@ class PagePool:
     def write(self, slots, k, v, g, pos):
         """The reverse; no slot may occur twice. What is None stays as it is."""
         # index_copy_ copies whole rows, several times as fast on a CPU as x[slots] = ...
-        for x, new in ((self.k, k), (self.v, v), (self.g, g), (self.pos, pos)):
-            if new is not None:
-                new = new.reshape(-1, *x.shape[2:]).to(x.dtype)
-                x.view(-1, *x.shape[2:]).index_copy_(0, slots.flatten(), new)
+        slots = slots.flatten()
+        if k is not None:
+            self.k.view(-1, self.D).index_copy_(0, slots, k.reshape(-1, self.D))
+            self.v.view(-1, self.D).index_copy_(0, slots, v.reshape(-1, self.D))
+        if g is not None:
+            self.g.view(-1).index_copy_(0, slots, g.flatten())
+        if pos is not None:
+            self.pos.view(-1).index_copy_(0, slots, pos.int().flatten())
 
 
 # ------------------------------------------------------------------------------------------ caches
