@@ -86,14 +86,14 @@ class HardConcreteGates(Gates):
 
     So what we save is an ordinary file of gates, with tau' as its tau: 0.167 for 0.1.
     """
-    TEMPERATURE = 2 / 3
+    TEMPERATURE = 2 / 3             # these three are that paper's
     LOW, HIGH = -0.1, 1.1
 
     @classmethod
     def for_model(cls, model, tau, **settings):
         moved = (tau - cls.LOW) / (cls.HIGH - cls.LOW)
         gates = super().for_model(model, tau=moved, **settings)
-        gates.open = {}         # layer -> P(g > 0) (B, Hkv, T), of the last forward pass
+        gates.p_open = {}       # layer -> P(g > 0) (B, Hkv, T), of the last forward pass
         return gates
 
     def gate(self, layer, k, k_rotated, positions):
@@ -101,10 +101,11 @@ class HardConcreteGates(Gates):
         if not self.training:
             return p
         logit = torch.logit(p, eps=1e-6)
+        # -1.6: with this logit a gate is open half of the time.
         shift = self.TEMPERATURE * math.log(-self.LOW / self.HIGH)
         # Checkpointing runs a layer again: the first run's values stay. torch gives the rerun the
         # same random numbers, so both have the same noise.
-        self.open.setdefault(layer, (logit - shift).sigmoid())
+        self.p_open.setdefault(layer, (logit - shift).sigmoid())
         noise = torch.logit(torch.rand_like(logit), eps=1e-6)
         s = ((logit + noise) / self.TEMPERATURE).sigmoid()
         return (s * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
@@ -253,16 +254,18 @@ def price_by_length(config, number, length):
     This is D + lambda K / T0: the pressure is on the number K, and a token costs the same
     everywhere. All lengths have equally many steps, so on average lambda is what it was.
 
-    (D is a mean over T too. So the paper's own form asks of every key the same sum of errors that
-    it saves, whatever T is, and this one asks more of it in long texts. For target-inverse it is
-    the other way round: there a key that is needed once, as a needle is, can be kept among many
-    tokens.)
+    (D is a mean over T tokens: an error at one token, as of a needle's answer, counts 1 / T in it.
+    In the paper's form the price falls with T in the same way. Here it does not, so in a long text
+    a key must save more error to be kept.)
     """
     return config.lam * length / statistics.mean(config.seq_len)
 
 
 def inverse_price_by_length(config, number, length):
-    """target-inverse: lambda * T0 / length, with T0 such that the mean is lambda again."""
+    """target-inverse: lambda * T0 / length, with T0 such that the mean is lambda again.
+
+    In a long text a key that is needed once need not save much to be kept.
+    """
     return config.lam / length / statistics.mean(1 / n for n in config.seq_len)
 
 
@@ -281,7 +284,7 @@ def random_price(config, number, length):
 
 def distillation(model, gates, config, way, samples, numbers, checkpoint):
     """The paper's loss, with the way's own prices and sizes."""
-    gates.open = {}                         # only hard-concrete gates have a use for it
+    gates.p_open = {}                       # only hard-concrete gates have a use for it
     losses = train.distill(model, gates, samples, checkpoint)
     sizes = torch.stack(way.sizes(gates, losses.gates))                         # (samples,)
     prices = [way.price(config, number, len(ids)) for number, (ids, _) in zip(numbers, samples)]
@@ -295,8 +298,9 @@ def expected_sizes(gates, g):
 
 
 def l0_sizes(gates, g):
-    """The same for hard-concrete gates."""
-    p = torch.stack([gates.open[layer] for layer in sorted(gates.open)], dim=1)  # (B, L, Hkv, T)
+    """The same for hard-concrete gates: by P(g > 0), since noise has pushed g to 0 or 1 already."""
+    layers = [gates.p_open[layer] for layer in sorted(gates.p_open)]
+    p = torch.stack(layers, dim=1)                                              # (B, L, Hkv, T)
     return [l0_loss(p_of_one[..., :one.shape[-1]], gates.window) for p_of_one, one in zip(p, g)]
 
 

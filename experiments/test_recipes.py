@@ -166,7 +166,7 @@ def test_noisy_gates_are_open_as_often_as_the_loss_says(tiny):
     torch.manual_seed(0)
     k = torch.randn(1, 4, 1, 32).expand(1, 4, 4000, 32)
     g = gates.gate(0, k, k, None)                                           # (1, 4, 4000)
-    assert torch.allclose((g > 0).float().mean(-1), gates.open[0].mean(-1), atol=0.03)
+    assert torch.allclose((g > 0).float().mean(-1), gates.p_open[0].mean(-1), atol=0.03)
     assert (g == 0).any() and (g == 1).any()
 
 
