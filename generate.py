@@ -452,8 +452,13 @@ class Session:
             raise UserError(f"{self.gates} has no quantiles, from which --keep chooses tau: {first}"
                             "python train.py --calibrate FILE adds them (with --model, if it is "
                             "not the bundled one)")
-        return tau_for(args.keep, admission, DualCache(self.model, admission, **settings),
-                       [len(prompt) + args.max_new_tokens for prompt in self.prompts])
+        tau = tau_for(args.keep, admission, DualCache(self.model, admission, **settings),
+                      [len(prompt) + args.max_new_tokens for prompt in self.prompts])
+        if tau > 2 * admission.tau:         # at 0.4 instead of 0.1 the bundled model finds nothing
+            say(f"warning: --keep {args.keep:.1%} takes a tau of {tau:.2g}, and these gates are "
+                f"made for {admission.tau:g}: they will refuse what answers need. Gates that were "
+                "trained with a larger lambda keep less")
+        return tau
 
     def budget(self, batch):
         """--budget in bytes. A share is one of what a dense cache would hold at the end.

@@ -1707,6 +1707,14 @@ def test_a_cache_saved_with_keep_goes_on_with_its_tau(capsys, monkeypatch, tmp_p
     assert float(safe_open(cache, "pt").metadata()["tau"]) not in (0.1, 0.0, 1.0)
 
 
+def test_keep_far_below_what_the_gates_were_made_for_is_said(capsys):
+    """A tau at which the gates break, without a word."""
+    for share, warned in (("5%", True), ("20%", False)):
+        assert generate.main(["--max-new-tokens", "1", "--device", "cpu", "--keep", share]) == 0
+        err = capsys.readouterr().err
+        assert ("made for 0.1: they will refuse" in err) == warned, err
+
+
 def test_keep_needs_quantiles(capsys, tmp_path, prompt):
     """A file without them works as ever; only --keep is refused, with the way to add them."""
     metadata = safe_open(TINY_FOLDER / "gates.safetensors", "pt").metadata()
