@@ -767,7 +767,7 @@ def parse(argv):
     model_options(parser)
     group = parser.add_argument_group("cache")
     group.add_argument("--gates", metavar="FILE", help="a gate file, or an official .pt (default: "
-                       "gates.safetensors in the model's folder)")
+                       "gates.safetensors in the model's folder, else one of gates/ that fits)")
     group.add_argument("--admit", type=admission_rule, default="gates", metavar="RULE",
                        help="what is admitted: gates (the default) decide, all, none, or a random "
                        "share like 0.25")

@@ -1,6 +1,6 @@
 """The operations of wgkv.py and model.py as Triton kernels: the same functions, at GPU speed.
 
-    rotate, gate                    prefill: keys on their way into the cache
+    rotate, gate                    keys on their way into the cache (rotate: prefill only)
     promote, promote_leaving        what leaves the window: into pages, or gone
     rotate_and_write                decode: the new token into its row
     prefill_attention               many new tokens over pages and band (stripes and slash), exact

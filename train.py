@@ -15,8 +15,9 @@ linear warmup, cosine decay.)
 
 What --data is matters. A gate that reads only novels learns to let numbers and names go: nobody
 repeats them there. With one byte of source code to five of novels, gates of a real model that keep
-as much lose 21 points of the needles where they had lost 72 (experiments/README.md). So give it
-text of all kinds that the model will read, and some in which details come back.
+as much lose 21 points of the needles in 2,048 tokens where they had lost 72
+(experiments/README.md). So give it text of all kinds that the model will read, and some in which
+details come back.
 
 Without --data, the model writes its own training text: prose, in which tiny/tasks.py hides facts,
 lists, many-shot classifications and passages, and asks for them.

@@ -435,12 +435,10 @@ WAYS = {
 
 def way_named(name):
     """One of WAYS, or several of them at once: "repeat+target"."""
-    parts = name.split("+")
-    for part in parts:
+    changes = {}
+    for part in name.split("+"):
         if part not in WAYS:
             raise UserError(f"there is no way called {part}; there are {', '.join(WAYS)}")
-    changes = {}
-    for part in parts:
         for field in fields(Way):
             value = getattr(WAYS[part], field.name)
             if value == field.default:
@@ -687,7 +685,9 @@ def describe(path):
 
 def recipe_of(path):
     """The recipe in a file's metadata, a dict; empty if it was not made here."""
-    metadata = {} if Path(path).suffix == ".pt" else open_tensors(path).metadata() or {}
+    if Path(path).suffix == ".pt":          # the authors' files have no metadata
+        return {}
+    metadata = open_tensors(path).metadata() or {}
     with contextlib.suppress(ValueError):
         recipe = json.loads(metadata.get("recipe", ""))
         if isinstance(recipe, dict):
@@ -754,7 +754,7 @@ def parse(argv):
     group.add_argument("--lr", type=real(0), metavar="X", help="the peak (default: 0.001)")
     group.add_argument("--window", type=whole(1), metavar="W", help="tokens that are always kept "
                        "(default: 128; 256)")
-    group.add_argument("--expansion", type=real(0), metavar="X", help="a gate has X times as many "
+    group.add_argument("--expansion", type=real(0.1), metavar="X", help="a gate has X times as many "
                        "hidden numbers as a head has dimensions (default: 4)")
 
     group = parser.add_argument_group("tests and output")
