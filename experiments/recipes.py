@@ -754,8 +754,8 @@ def parse(argv):
     group.add_argument("--lr", type=real(0), metavar="X", help="the peak (default: 0.001)")
     group.add_argument("--window", type=whole(1), metavar="W", help="tokens that are always kept "
                        "(default: 128; 256)")
-    group.add_argument("--expansion", type=real(0.1), metavar="X", help="a gate has X times as many "
-                       "hidden numbers as a head has dimensions (default: 4)")
+    group.add_argument("--expansion", type=real(0.1), metavar="X", help="a gate has X times "
+                       "as many hidden numbers as a head has dimensions (default: 4)")
 
     group = parser.add_argument_group("tests and output")
     group.add_argument("--data", metavar="TEXT", help="file or folder: a book that is new to the "
