@@ -22,14 +22,38 @@ BENCHMARKS.md has the results. How we compare:
 
 Speed does not depend on the values of weights, so --shape runs a real model's shape with random
 weights and admits a random share of the tokens (--admit). A table shows medians and spreads, and
-only the columns that have figures. --json keeps everything, with command, commit and machine:
+only the columns that have figures. --json keeps everything, with command, commit and machine. Its
+fields:
 
-    _s             seconds of each run; step_s and plan_s are of a training step, a decode plan
-    ratio          gated over dense time; flops_ratio: the same of FLOPs, the ratio to hope for
-    roofline_s     the time at the roofline, of which mfu or mbu is the share
-    admitted       of the keys outside the window; kept_share: of a dense cache's bytes
-    imbalance      what the heaviest of several processes keeps, over the mean
-    _gib           peak memory and what it is made of: weights, bytes kept, bytes reserved for them
+    tokens              is the length of a prompt; in `serve`, of the prompts on average
+    NAME_s              lists the seconds of each run, or is a number where there is only one
+    dense_s, gated_s    are the two sides; transformers_s is Hugging Face's, in `decode`
+    prefill_s           is our side in `kernels`, and in `decode` the prefill before the steps
+    ratio               divides our median by dense's: below 1 we win. In `primitives` it divides
+                        chosen_s by all_s, in `saved` load_s by read_s
+    flops_ratio         divides the FLOPs instead of the times: the ratio to hope for
+    roofline_s          is the time at the roofline; mfu or mbu is its share of the measured time
+    admitted            counts admitted keys, as a share of those outside the window
+    kept_share          divides the cache's bytes by those of a dense cache
+    weights_gib         is the memory of the weights, kept_gib of what the cache keeps
+    reserved_gib        is what the cache has allocated: kept_gib, and pages that are still free
+    peak_gib            is the most that was held at once, weights included
+    imbalance           divides what the heaviest of several processes keeps by the mean
+
+    plan_s              is the time to plan a decode step: which program attends to which pages
+    all_s               is the time to attend to all pages of a layer
+    choose_s            is the time to choose some pages by their key ranges
+    chosen_s            is the time to choose pages and attend to these alone
+    gate_s, snapkv_s    are the times to evict a tenth of a cache, by gates or SnapKV's score
+    over_dense          divides soft_s (soft attention) by dense_s; step_s is a training step
+
+    sequences           counts those that `serve` answers at a time: as many as there is memory for
+                        (sequences_that_fit), but no more than there are prompts
+    first_token_s       is the median time from a prompt's arrival to its first token,
+                        first_token_99_s that of the slowest prompt
+    between_s           is the median time between two tokens of an answer, pauses for other
+                        prompts' prefill included; between_99_s is the 99th percentile
+    pages_a_token       divides the slots of pages in use by the tokens in them
 """
 import contextlib
 import gc
@@ -45,8 +69,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
-# Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
+# Before torch, which takes seconds to import: common installs the hook that turns Ctrl-C into one
+# line.
 from common import (DTYPES, HERE, Parser, UserError, check_writable, clock, model_options,
                     peak_bytes, pick_device, process_group, progress, rank_and_processes, read_json,
                     read_text, real, run_program, say, torchrun_processes, whole, write_text)
@@ -56,8 +82,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from generate import Server, decode, load_model, make_admission, prefill
-from model import Config, Llama, check_memory, share_config
+from generate import (Server, decode, load_model, make_admission, own_or_bundled_gates, prefill,
+                      warm_up)
+from model import Config, Llama, attention, check_memory, share_config
 from tokenizer import Text
 from wgkv import P, DenseCache, DualCache, Gates, RandomAdmission, pages_for
 
@@ -84,11 +111,13 @@ def machine(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=HERE)
+    commit = None
+    with contextlib.suppress(OSError):      # git is not installed
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                             text=True, cwd=HERE)
+        commit = git.stdout.strip() or None
     command = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
-    return dict(machine=name, torch=torch.__version__, command=" ".join(command),
-                commit=git.stdout.strip() or None)
+    return dict(machine=name, torch=torch.__version__, command=" ".join(command), commit=commit)
 
 
 def cpu_name():
@@ -179,10 +208,9 @@ def memory(model, kv):
     """
     weights = sum(p.nbytes for p in model.parameters())
     kept = kv.kept_bytes()
-    parts = dict(weights_gib=weights, kept_gib=kept, reserved_gib=kv.reserved_bytes(),
-                 peak_gib=peak_bytes(model.device))
-    row = {name: size / 2**30 for name, size in parts.items()}
-    row["kept_share"] = kept / kv.dense_bytes()
+    row = dict(weights_gib=weights / 2**30, kept_gib=kept / 2**30,
+               reserved_gib=kv.reserved_bytes() / 2**30, peak_gib=peak_bytes(model.device) / 2**30,
+               kept_share=kept / kv.dense_bytes())
     processes = model.config.processes
     if processes > 1:
         kept_by_all = [torch.zeros(1, device=model.device) for _ in range(processes)]
@@ -230,6 +258,12 @@ def bytes_a_step(model, kv):
 
 
 # ------------------------------------------------------------------------- models, prompts, caches
+
+class Setup(NamedTuple):
+    """What all benches of a run share."""
+    window: int         # W: the gates' own; --window, where no gate file says it
+    peaks: dict         # see `measure_peaks`; None on a CPU
+
 
 @torch.no_grad()
 def random_model(shape, device, dtype, split=True):
@@ -283,23 +317,48 @@ class SimulatedAdmission:
         column = self.STEP * torch.arange(L, device=self.table.device)[:, None, None]
 
         def admitted(k, k_rotated, positions):
-            gates(k, k_rotated, positions)
+            gates(k, k_rotated, positions)  # only its time counts: the decision is random
             return self.table[:, positions + column].permute(2, 1, 0, 3)    # (B, L, Hkv, T)
 
         return admitted
 
     def gate(self, layer, k, k_rotated, positions):
-        self.gates.gate(layer, k, k_rotated, positions)
+        self.gates.gate(layer, k, k_rotated, positions)     # as above
         table = self.table[:, self.STEP * layer:]
         return table[:, positions].transpose(0, 1)                      # (B, Hkv, T)
 
 
-def admission_policy(model, args):
+class AdmitAll:
+    """Admits every token, for next to nothing: the dense side of `serve`."""
+    tau = 0.1
+
+    def __init__(self, window):
+        self.window = window
+
+    def gate(self, layer, k, k_rotated, positions):
+        return torch.ones(k.shape[:-1], device=k.device)                # (B, Hkv, T)
+
+    def stacked(self):
+        """As Gates.stacked: keys (B, L, Hkv, T, D) of all layers, gates (B, L, Hkv, T)."""
+        return lambda k, k_rotated, positions: torch.ones(k.shape[:-1], device=k.device)
+
+
+def gate_window(model, args):
+    """W of the gates; --window, where no gate file says it."""
+    if args.admit != "gates":
+        return args.window
+    file = args.gates or own_or_bundled_gates(args, model)
+    if file is None:                        # kernels, primitives and train need no gates
+        return args.window
+    return Gates.load(file, model).window
+
+
+def admission_policy(model, args, window):
     """The gates of a file, or what --admit says."""
     if args.admit == "gates":
         return make_admission(args, model)[0]
     decoded = max((args.runs + 1) * (args.steps + UNCOUNTED_STEPS), *args.answers)
-    return SimulatedAdmission(model, args.admit, max(args.tokens) + decoded, args.window)
+    return SimulatedAdmission(model, args.admit, max(args.tokens) + decoded, window)
 
 
 def make_prompt(model, tokens, args):
@@ -356,8 +415,9 @@ class RandomPages:
         admitted = random_admissions(shares, Hkv, tokens, device)
         self.g = torch.where(admitted, 1.0, -1.0)[None]                 # (1, Hkv, T)
 
-        # Outside the window of token t are the tokens 0 .. t - W. The last token's are in pages.
-        num_old = F.pad(admitted.cumsum(dim=1), (window, 0))[:, :tokens]
+        # num_old[h, t]: admitted tokens among 0 .. t - W, those that query t reads from pages. A
+        # row holds as many as its last query reads.
+        num_old = F.pad(admitted.cumsum(dim=1), (window, 0))[:, :tokens]    # (Hkv, T)
         self.num_old = num_old[None].contiguous()                       # (1, Hkv, T)
         self.counts = num_old[:, -1].expand(L, 1, Hkv).contiguous()     # (L, 1, Hkv)
 
@@ -374,22 +434,22 @@ class RandomPages:
 
 
 @torch.no_grad()
-def bench_kernels(model, args):
+def bench_kernels(model, args, setup):
     """Attention of one layer on random bf16 inputs: prefill beside cuDNN's, and decode."""
     shares = [0.25] if args.admit == "gates" else args.admit
     for tokens in args.tokens:
-        pages = RandomPages(model.config, shares, tokens, args.window, model.device)
-        prompt = time_prefill_attention(model.config, pages, tokens, args)
-        step = time_decode_attention(model.config, pages, tokens, args)
+        pages = RandomPages(model.config, shares, tokens, setup.window, model.device)
+        prompt = time_prefill_attention(model.config, pages, tokens, args, setup)
+        step = time_decode_attention(model.config, pages, tokens, args, setup)
         yield dict(tokens=tokens, shares=shares, **prompt, **step)
 
 
-def time_prefill_attention(c, pages, tokens, args):
+def time_prefill_attention(c, pages, tokens, args, setup):
     """A whole prompt's attention in one layer, ours and cuDNN's dense in turn."""
     import kernels
     Hq, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
     G = Hq // Hkv
-    W = args.window
+    W = setup.window
     q = torch.randn(1, Hq, tokens, D, device=pages.k.device, dtype=pages.k.dtype)
 
     # The band is the W tokens before the call and then its own. At the start of a text there are
@@ -399,7 +459,7 @@ def time_prefill_attention(c, pages, tokens, args):
     band_g = F.pad(pages.g, (W, 0), value=-torch.inf)
     table = pages.table[0][..., pages.ring_pages:]                      # of the promoted tokens
 
-    # cuDNN is given what it likes best: as many KV heads as query heads.
+    # One KV head for each query head. (We have not compared cuDNN's own grouped queries.)
     dense_k = band_k[:, :, W:].repeat_interleave(G, dim=1)
     dense_v = band_v[:, :, W:].repeat_interleave(G, dim=1)
 
@@ -417,10 +477,10 @@ def time_prefill_attention(c, pages, tokens, args):
     in_window = torch.arange(1, tokens + 1, device=q.device).clamp(max=W)
     needed = 4 * D * G * int((pages.num_old + in_window).sum())
     return dict(dense_s=dense_s, prefill_s=prefill_s, ratio=over(prefill_s, dense_s),
-                needed_flops=needed, mfu=needed / median(prefill_s) / args.peaks["flops"])
+                needed_flops=needed, mfu=needed / median(prefill_s) / setup.peaks["flops"])
 
 
-def time_decode_attention(c, pages, tokens, args):
+def time_decode_attention(c, pages, tokens, args, setup):
     """One token's attention in one layer.
 
     We time all layers one after another, each with its own pages, as a decode step runs them: the
@@ -434,7 +494,7 @@ def time_decode_attention(c, pages, tokens, args):
 
     def make_plan():
         return kernels.plan_decode(pages.counts, num_tokens, num_new, pages.ring_pages,
-                                   args.window, P)
+                                   setup.window, P)
 
     plan = make_plan()
 
@@ -444,22 +504,22 @@ def time_decode_attention(c, pages, tokens, args):
 
     step_s, plan_s = device_times(all_layers, make_plan, runs=args.runs, inner=1)
     decode_s = [seconds / L for seconds in step_s]
-    keys = int(pages.counts[0].sum()) + Hkv * min(args.window, tokens)
+    keys = int(pages.counts[0].sum()) + Hkv * min(setup.window, tokens)
     needed = 2 * keys * D * q.itemsize                                  # K and V of one layer
     return dict(decode_s=decode_s, plan_s=plan_s, needed_bytes=needed,
-                mbu=needed / median(decode_s) / args.peaks["bandwidth"])
+                mbu=needed / median(decode_s) / setup.peaks["bandwidth"])
 
 
 # ------------------------------------------------------------------------- selection and eviction
 
 @torch.no_grad()
-def bench_primitives(model, args):
+def bench_primitives(model, args, setup):
     """Selection in each layer of a decode step; evicting a tenth of a cache, by two scores."""
     share = 0.25 if args.admit == "gates" else args.admit[0]
     for tokens in args.tokens:
         yield dict(tokens=tokens, share=share, select=args.select,
-                   **time_selection(model, share, tokens, args),
-                   **time_evictions(model, share, tokens, args))
+                   **time_selection(model, share, tokens, args, setup.window),
+                   **time_evictions(model, share, tokens, args, setup.window))
 
 
 def random_cache(model, share, tokens, window, **settings):
@@ -485,17 +545,17 @@ def random_cache(model, share, tokens, window, **settings):
     if kv.queries is not None:
         kv.queries.normal_()
         kv.num_queries.fill_(tokens)
-    kv.bound_pages(kv.all_page_table, torch.zeros_like(kv.all_counts), kv.all_counts)
+    kv.update_key_ranges(kv.all_page_table, torch.zeros_like(kv.all_counts), kv.all_counts)
     return kv
 
 
-def time_selection(model, share, tokens, args):
+def time_selection(model, share, tokens, args, window):
     """Seconds a layer to attend to all pages, to choose some, and to choose and attend to these.
 
     All layers in turn, each with its own pages, so that nothing sits in the GPU's L2 cache.
     """
     import kernels
-    kv = random_cache(model, share, tokens, args.window, select=args.select)
+    kv = random_cache(model, share, tokens, window, select=args.select)
     c = model.config
     q = torch.randn(kv.L, 1, c.num_heads, 1, c.head_dim, device=model.device, dtype=model.dtype)
     num_new = torch.ones_like(kv.num_tokens)
@@ -525,17 +585,20 @@ def time_selection(model, share, tokens, args):
             kernels.decode_attention(q[layer], kv.pool.k, kv.pool.v, choose(layer), chosen, layer)
 
     times = device_times(attend_to_all, only_choose, choose_and_attend, runs=args.runs, inner=1)
-    dense_s, choose_s, gated_s = ([seconds / kv.L for seconds in side] for side in times)
-    return dict(all_s=dense_s, choose_s=choose_s, chosen_s=gated_s, ratio=over(gated_s, dense_s))
+    all_s, choose_s, chosen_s = times       # of all layers
+    return dict(all_s=[seconds / kv.L for seconds in all_s],
+                choose_s=[seconds / kv.L for seconds in choose_s],
+                chosen_s=[seconds / kv.L for seconds in chosen_s],
+                ratio=over(chosen_s, all_s))
 
 
-def time_evictions(model, share, tokens, args):
+def time_evictions(model, share, tokens, args, window):
     """Seconds to evict a tenth of a cache in all layers, by each score."""
     result = {}
     for score in ("gate", "snapkv"):
         seconds = []
         for run in range(args.runs + 1):
-            kv = random_cache(model, share, tokens, args.window, budget=2**60, evict_by=score)
+            kv = random_cache(model, share, tokens, window, budget=2**60, evict_by=score)
             target = 9 * int(pages_for(kv.counts).sum()) // 10
             start = clock(model.device)
             kv.evict(target)
@@ -549,18 +612,36 @@ def time_evictions(model, share, tokens, args):
 # ------------------------------------------------------------------------------------ whole models
 
 @torch.no_grad()
-def bench_prefill(model, args):
+def bench_prefill(model, args, setup):
     """The whole model reads a prompt: gated in chunks, dense all at once."""
-    policy = admission_policy(model, args)
+    policy = admission_policy(model, args, setup.window)
     short = [make_prompt(model, min(max(args.tokens), 2 * args.chunk), args)]
     read_prompts(model, DualCache(model, policy), short, args.chunk)    # compiles the kernels
     if args.dense_up_to:
         read_prompts(model, DenseCache(model), short, 2 * args.chunk)
     for tokens in args.tokens:
-        yield time_prefill(model, policy, tokens, args)
+        if tokens <= args.dense_up_to:
+            warm_dense_attention(model, tokens)
+        yield time_prefill(model, policy, tokens, args, setup.peaks)
 
 
-def time_prefill(model, policy, tokens, args):
+@torch.no_grad()
+def warm_dense_attention(model, tokens):
+    """One layer's dense attention, uncounted: cuDNN makes a plan for each new shape."""
+    c = model.config
+
+    def random_heads(heads, capacity):
+        return torch.randn(1, heads, capacity, c.head_dim, device=model.device, dtype=model.dtype)
+
+    q = random_heads(c.num_heads, tokens)
+    # Strides are part of the shape, so K and V are views of whole pages, as in a DenseCache.
+    k = random_heads(c.num_kv_heads, pages_for(tokens) * P)[:, :, :tokens]
+    v = random_heads(c.num_kv_heads, pages_for(tokens) * P)[:, :, :tokens]
+    with strongest_attention(model.device):
+        attention(q, k, v, is_causal=True)
+
+
+def time_prefill(model, policy, tokens, args, peaks):
     """A row of bench_prefill; memory is the gated side's."""
     prompts = [make_prompt(model, tokens, args)]
     dense_s = []
@@ -580,21 +661,21 @@ def time_prefill(model, policy, tokens, args):
     dense_flops = prefill_flops(model.config, tokens)
     row = dict(tokens=tokens, dense_s=dense_s, gated_s=gated_s, ratio=over(gated_s, dense_s),
                flops_ratio=flops / dense_flops, admitted=admitted, **memory(model, kv))
-    if args.peaks:
-        row["roofline_s"] = flops / args.peaks["flops"]
+    if peaks:
+        row["roofline_s"] = flops / peaks["flops"]
         row["mfu"] = row["roofline_s"] / median(gated_s)
     return row
 
 
 @torch.no_grad()
-def bench_decode(model, args):
+def bench_decode(model, args, setup):
     """Decode steps behind a prompt: gated, dense and, where it is installed, transformers."""
-    policy = admission_policy(model, args)
+    policy = admission_policy(model, args, setup.window)
     for tokens in args.tokens:
-        yield time_decode(model, policy, tokens, args)
+        yield time_decode(model, policy, tokens, args, setup.peaks)
 
 
-def time_decode(model, policy, tokens, args):
+def time_decode(model, policy, tokens, args, peaks):
     """A row of bench_decode; memory is the gated side's."""
     # A batch has prompts from half of the length up to all of it, as real ones are uneven.
     B = args.batch
@@ -626,9 +707,9 @@ def time_decode(model, policy, tokens, args):
         row[f"{name}_s"] = seconds
     row["ratio"] = over(times["gated"], times.get("dense"))
     row["ratio_transformers"] = over(times["gated"], times.get("transformers"))
-    if args.peaks:
+    if peaks:
         row["needed_bytes"] = bytes_a_step(model, gated)
-        row["roofline_s"] = row["needed_bytes"] / args.peaks["bandwidth"]
+        row["roofline_s"] = row["needed_bytes"] / peaks["bandwidth"]
         row["mbu"] = row["roofline_s"] / median(times["gated"])
     return row
 
@@ -661,7 +742,12 @@ def transformers_decode(path, ours, ids):
 # ----------------------------------------------------------------------------------------- serving
 
 class TimedServer(Server):
-    """A Server whose prompts arrive at given times, and which notes when tokens come."""
+    """A Server whose prompts arrive at given times, and which notes when tokens come.
+
+    Tokens reach the host once a run of up to 64 decode steps. We take the steps of a run as equally
+    long. The first one of an answer also has the pause since that answer's last token, in which
+    other prompts were read.
+    """
 
     def __init__(self, *args, arrivals, **settings):
         super().__init__(*args, **settings)
@@ -669,6 +755,7 @@ class TimedServer(Server):
         self.start = clock(self.model.device)
         self.first_s = []           # from a prompt's arrival to its first token
         self.between_s = []         # between two tokens of an answer
+        self.last_end = {}          # index of a prompt -> when its last token so far came
         self.decoded = 0            # tokens
         self.pages_a_token = []     # slots in pages over tokens in them, while it runs
 
@@ -676,33 +763,39 @@ class TimedServer(Server):
         return time.perf_counter() - self.start
 
     def is_there(self, index):
-        if self.arrivals[index] > self.now():
-            time.sleep(0.001)
-            return False
-        self.arriving = self.arrivals[index]
-        return True
+        self.reading = index
+        return self.arrivals[index] <= self.now()
 
     def read(self, chunks, b, last):
         count = super().read(chunks, b, last)
         if count == last:
-            self.first_s.append(self.now() - self.arriving)
+            now = self.now()
+            self.first_s.append(now - self.arrivals[self.reading])
+            self.last_end[self.reading] = now
         return count
 
-    def run(self, said, most):
-        before = {b: len(ids) for b, (_, ids) in said.items()}
+    def run(self, decoding, most):
+        before = {b: len(answer.ids) for b, answer in decoding.items()}
         start = self.now()
-        super().run(said, most)
-        steps = max(len(ids) - before[b] for b, (_, ids) in said.items())
-        if steps > 0:
-            self.between_s += [(self.now() - start) / steps] * steps
-            self.decoded += sum(len(ids) - before[b] for b, (_, ids) in said.items())
+        super().run(decoding, most)
+        end = self.now()
+
+        # All answers take the same steps: none ends early, since no id ends an answer here.
+        new = max(len(answer.ids) - before[b] for b, answer in decoding.items())
+        if new > 0:
+            step = (end - start) / new
+            for answer in decoding.values():
+                pause = start - self.last_end[answer.index]
+                self.between_s += [pause + step] + [step] * (new - 1)
+                self.last_end[answer.index] = end
+            self.decoded += new * len(decoding)
             if self.kv.num_promoted() > 0:
                 slots = int(pages_for(self.kv.counts).sum()) * P
                 self.pages_a_token.append(slots / self.kv.num_promoted())
 
 
 @torch.no_grad()
-def bench_serve(model, args):
+def bench_serve(model, args, setup):
     """Prompts arrive at random; as many sequences at a time as a fixed memory for caches holds.
 
     Prompts have from the shortest to the longest of --tokens, uniformly. Dense is our own paged
@@ -711,11 +804,10 @@ def bench_serve(model, args):
     rng = random.Random(args.seed)
     lengths = [rng.randint(args.tokens[0], args.tokens[-1]) for _ in range(args.requests)]
     prompts = [make_prompt(model, n, args) for n in lengths]
-    everything = RandomAdmission(1.0)
-    everything.window = args.window
+    policies = dict(dense=AdmitAll(setup.window), gated=admission_policy(model, args, setup.window))
     for answers in args.answers:
         times = {}
-        for side, policy in (("dense", everything), ("gated", admission_policy(model, args))):
+        for side, policy in policies.items():
             if side == "dense" and max(lengths) > args.dense_up_to:
                 continue
             times[side] = serve(model, policy, prompts, answers, args)
@@ -725,24 +817,29 @@ def bench_serve(model, args):
         if len(times) < 2:
             continue
         dense, gated = times["dense"], times["gated"]
-        say(f"answers of {answers}: gated over dense, sequences "
-            f"{gated['sequences'] / dense['sequences']:.2f}, tokens/s "
+        say(f"answers of {answers}: gated over dense, sequences that fit "
+            f"{gated['sequences_that_fit'] / dense['sequences_that_fit']:.2f}, tokens/s "
             f"{gated['tokens_per_s'] / dense['tokens_per_s']:.2f}")
 
 
 def serve(model, policy, prompts, answers, args):
     """Answer all prompts, with as many sequences as --memory holds on average."""
+    # The longest prompt says what is kept. It also compiles the prefill kernels.
     kv = DualCache(model, policy)
-    read_prompts(model, kv, [max(prompts, key=len)], args.chunk)        # compiles kernels, and
-    share = kv.kept_bytes() / kv.dense_bytes()                          # says what is kept
-    mean = sum(map(len, prompts)) / len(prompts) + answers / 2
+    read_prompts(model, kv, [max(prompts, key=len)], args.chunk)
+    share = kv.kept_bytes() / kv.dense_bytes()
     dense_token = kv.dense_bytes() / int(kv.num_tokens)
-    sequences = max(1, int(args.memory * 2**30 / (mean * dense_token * share)))
-    sequences = min(sequences, len(prompts))
+
+    # On average an answer is half done.
+    mean_tokens = sum(map(len, prompts)) / len(prompts) + answers / 2
+    sequences_that_fit = max(1, int(args.memory * 2**30 / (mean_tokens * dense_token * share)))
+    sequences = min(sequences_that_fit, len(prompts))
     del kv
     free_memory(model.device)
 
     kv = DualCache(model, policy, sequences)
+    warm_up(model, kv)                      # decode kernels, too, on a copy
+    free_memory(model.device)
     rng = random.Random(args.seed)
     arrivals = list(accumulate(rng.expovariate(args.rate) for _ in prompts))
     server = TimedServer(model, kv, answers, chunk=args.chunk, arrivals=arrivals)
@@ -753,16 +850,12 @@ def serve(model, policy, prompts, answers, args):
             bar.update(1)
     seconds = server.now()
 
-    def percentiles(values):
-        values = sorted(values)
-        return values[len(values) // 2], values[min(len(values) - 1, 99 * len(values) // 100)]
-
-    first, first_99 = percentiles(server.first_s)
-    between, between_99 = percentiles(server.between_s or [0.0])
-    return dict(sequences=sequences, kept_share=share, tokens_per_s=new / seconds,
+    between = sorted(server.between_s or [0.0])
+    return dict(sequences=sequences, sequences_that_fit=sequences_that_fit, kept_share=share,
+                tokens_per_s=new / seconds,
                 decode_tokens_per_s=server.decoded / max(server.decode_s, 1e-9),
-                first_token_s=[first], first_token_99_s=[first_99], between_s=[between],
-                between_99_s=[between_99],
+                first_token_s=median(server.first_s), first_token_99_s=max(server.first_s),
+                between_s=median(between), between_99_s=between[99 * len(between) // 100],
                 pages_a_token=statistics.mean(server.pages_a_token or [1.0]),
                 peak_gib=peak_bytes(model.device) / 2**30)
 
@@ -773,13 +866,13 @@ QUESTION_TOKENS = 32        # of what is asked about a text: any number that is 
 
 
 @torch.no_grad()
-def bench_saved(model, args):
+def bench_saved(model, args, setup):
     """Time to the first token about a text: reading it again, or loading the cache it left.
 
     Both include the question's prefill. The file was just written, so it comes from the system's
     memory and not from a disk.
     """
-    policy = admission_policy(model, args)
+    policy = admission_policy(model, args, setup.window)
     for tokens in args.tokens:
         sides = (("dense", lambda: DenseCache(model), tokens),
                  ("gated", lambda: DualCache(model, policy), args.chunk))
@@ -824,37 +917,39 @@ def time_saved(model, make_kv, tokens, chunk, args):
 
 # --------------------------------------------------------------------------------------- training
 
-def bench_train(model, args):
+def bench_train(model, args, setup):
     """Soft attention of one layer, forward and backward; then a training step of train.py."""
     for tokens in args.tokens:
-        times = time_soft_attention(model.config, tokens, args, model.device)
+        times = time_soft_attention(model, tokens, args.runs, setup.window)
         free_memory(model.device)
         yield dict(tokens=tokens, **times,
                    over_dense=over(times["soft_s"], times["dense_s"]),
-                   **time_train_step(model, tokens, args))
+                   **time_train_step(model, tokens, setup.window, args.seed))
 
 
-def time_soft_attention(c, tokens, args, device):
+def time_soft_attention(model, tokens, runs, window):
     """Forward and backward of soft attention, and of dense attention, which has no gates."""
     import kernels
+    c = model.config
+    device = model.device
     G = c.num_heads // c.num_kv_heads
 
-    def random(heads):
+    def random_heads(heads):
         shape = (1, heads, tokens, c.head_dim)
         return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
 
-    q = random(c.num_heads)
-    k = random(c.num_kv_heads)
-    v = random(c.num_kv_heads)
+    q = random_heads(c.num_heads)
+    k = random_heads(c.num_kv_heads)
+    v = random_heads(c.num_kv_heads)
     log_g = torch.rand(1, c.num_kv_heads, tokens, device=device).log().requires_grad_()
     grad = torch.randn_like(q)
 
-    # cuDNN is given what it likes best: as many KV heads as query heads.
+    # One KV head for each query head, as in `time_prefill_attention`.
     dense_k = k.detach().repeat_interleave(G, dim=1).requires_grad_()
     dense_v = v.detach().repeat_interleave(G, dim=1).requires_grad_()
 
     def soft():
-        out = kernels.soft_attention(q, k, v, log_g, args.window)
+        out = kernels.soft_attention(q, k, v, log_g, window)
         torch.autograd.grad(out, (q, k, v, log_g), grad)
 
     def dense():
@@ -864,21 +959,21 @@ def time_soft_attention(c, tokens, args, device):
 
     sides = dict(soft_s=lambda: event_seconds(soft), dense_s=lambda: event_seconds(dense))
     in_turn(2, device, **sides)             # they compile, and cuDNN picks its algorithm
-    return in_turn(args.runs, device, **sides)
+    return in_turn(runs, device, **sides)
 
 
-def time_train_step(model, tokens, args):
+def time_train_step(model, tokens, window, seed):
     """A step of train.py on one sample of random ids a process; tokens_per_s is of them all."""
     import train
     _, processes = rank_and_processes()
     config = replace(train.PAPER, seq_len=(tokens,), tokens_per_step=processes * tokens, steps=3,
-                     window=args.window, seed=args.seed)
+                     window=window, seed=seed)
 
     def draw(rng, length):
         ids = rng.choices(range(model.config.vocab_size), k=length)
         return torch.tensor(ids), torch.ones(length)
 
-    gates = Gates.for_model(model, window=args.window)
+    gates = Gates.for_model(model, window=window)
     micro_batches, estimate = train.plan_micro_batches(model, gates, config)
     optimizer = torch.optim.AdamW(gates.parameters())
     log = []
@@ -887,7 +982,7 @@ def time_train_step(model, tokens, args):
 
     # The first step compiles, and it and the last measure the hard distillation loss as well.
     middle = log[1]
-    return dict(step_s=[middle["seconds"]], tokens_per_s=middle["tokens_per_s"],
+    return dict(step_s=middle["seconds"], tokens_per_s=middle["tokens_per_s"],
                 peak_gib=peak_bytes(model.device) / 2**30, checkpointed=micro_batches[tokens][1],
                 estimate=estimate)
 
@@ -942,33 +1037,38 @@ COLUMNS = dict(
             "imbalance",
     decode="tokens dense_s gated_s transformers_s ratio ratio_transformers mbu kept_share kept_gib "
            "peak_gib imbalance",
-    serve="side sequences answers tokens tokens_per_s decode_tokens_per_s first_token_s "
-          "first_token_99_s between_s between_99_s pages_a_token kept_share peak_gib",
+    serve="side sequences sequences_that_fit answers tokens tokens_per_s decode_tokens_per_s "
+          "first_token_s first_token_99_s between_s between_99_s pages_a_token kept_share peak_gib",
     saved="side tokens read_s load_s ratio file_gib kept_share",
     train="tokens dense_s soft_s over_dense step_s tokens_per_s peak_gib")
 HEADINGS = {                                # of columns whose name in --json is too long
     "flops_ratio": "of FLOPs", "ratio_transformers": "ratio hf", "over_dense": "ratio",
     "transformers_s": "transf. (hf)", "all_s": "attend all", "chosen_s": "choose, attend",
     "gate_s": "evict by gate", "snapkv_s": "by snapkv", "kept_share": "kept",
-    "tokens_per_s": "tokens/s", "decode_tokens_per_s": "decode/s", "first_token_s": "first token",
-    "first_token_99_s": "99%", "between_s": "between", "between_99_s": "99%",
+    "sequences_that_fit": "would fit", "tokens_per_s": "tokens/s",
+    "decode_tokens_per_s": "decode/s", "first_token_s": "first token",
+    "first_token_99_s": "slowest", "between_s": "between", "between_99_s": "99%",
     "pages_a_token": "slots/tok",
     "kept_gib": "kept GiB", "peak_gib": "peak GiB", "file_gib": "file GiB",
     "read_s": "read again"}
+LOSES = dict(kernels="gating loses", prefill="gating loses", decode="gating loses",
+             primitives="selection loses", saved="loading loses")      # at a ratio above 1
 
 
-def run(name, model, args):
+def run(name, model, args, setup):
     """Run one bench, print its rows as they come, and yield them."""
     print(f"\n{name}. {BENCHES[name].__doc__}")
     free_memory(model.device)
     columns = None
-    for row in BENCHES[name](model, args):
+    for row in BENCHES[name](model, args, setup):
         if columns is None:                 # the shortest prompt's row: no other has a column more
-            columns = [column for column in COLUMNS[name].split() if shown(row.get(column)) != "-"]
+            columns = [column for column in COLUMNS[name].split()
+                       if shown(column, row.get(column)) != "-"]
             print("".join(cell(column, heading(column)) for column in columns))
-        line = "".join(cell(column, shown(row.get(column))) for column in columns)
-        loses = row.get("ratio") is not None and row["ratio"] > 1
-        print(line + ("  gating loses" if loses else ""), flush=True)
+        line = "".join(cell(column, shown(column, row.get(column))) for column in columns)
+        if (row.get("ratio") or 0) > 1:
+            line += f"  {LOSES[name]}"
+        print(line, flush=True)
         yield row
         free_memory(model.device)
 
@@ -978,27 +1078,36 @@ def heading(column):
     return HEADINGS.get(column, column.removesuffix("_s"))
 
 
+def is_time(column):
+    """Does a column hold seconds?"""
+    return column.endswith("_s") and not column.endswith("per_s")
+
+
 def cell(column, text):
     """text at the right of a table's column: times, with their spread, need more room."""
-    return f" {text:>13}" if column.endswith("_s") else f" {text:>9}"
+    return f" {text:>13}" if is_time(column) else f" {text:>9}"
 
 
-def shown(value):
-    """A figure as text; of a list of seconds the median and the spread, in a unit that fits."""
+def shown(column, value):
+    """A figure as text; of a list the median and the spread; times in a unit that fits."""
     if value is None or value == []:
         return "-"
     if isinstance(value, str):
         return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.3g}"
-    seconds = median(value)
-    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= unit:
-            break
-    text = f"{seconds / unit:.4g} {name}"
-    return text if len(value) == 1 else f"{text} ±{spread(value):.0%}"
+    if is_time(column):
+        runs = value if isinstance(value, list) else [value]
+        text = shown_seconds(median(runs))
+        return text if len(runs) == 1 else f"{text} ±{spread(runs):.0%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def shown_seconds(seconds):
+    """In seconds, milliseconds or microseconds."""
+    if seconds >= 1:
+        return f"{seconds:.4g} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.4g} ms"
+    return f"{seconds * 1e6:.4g} us"
 
 
 def shares_option(text):
@@ -1091,18 +1200,16 @@ def measure(args):
         model = random_model(args.shape, device, DTYPES[args.dtype or "bfloat16"], split)
     else:
         model = load_model(args, split)
-    if args.admit == "gates" and ("prefill" in args.what or "decode" in args.what):
-        args.window = admission_policy(model, args).window
-    args.peaks = measure_peaks(device)
+    setup = Setup(gate_window(model, args), measure_peaks(device))
 
     results = dict(machine(device), model=model.name, date=time.strftime("%Y-%m-%d"),
-                   peaks=args.peaks, admit=args.admit, window=args.window, chunk=args.chunk,
+                   peaks=setup.peaks, admit=args.admit, window=setup.window, chunk=args.chunk,
                    batch=args.batch)
     weights = sum(p.nbytes for p in model.parameters()) / 2**30
     say(f"{results['machine']}, torch {results['torch']}; {model.name}, {weights:.2f} GiB")
     for name in args.what:
         results[name] = []
-        for row in run(name, model, args):
+        for row in run(name, model, args, setup):
             results[name].append(row)
             # After each row: what is measured is not lost.
             if args.json and rank_and_processes()[0] == 0:

@@ -14,6 +14,7 @@ import os
 import pickle
 import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ if Path(sys.argv[0]).resolve().parent == HERE:      # a program that imports us 
 
 import torch                    # takes seconds, like all that builds on it: so the hook comes first
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,9 +108,10 @@ def run_program(main, argv=None):
         if not is_out_of_memory(e):
             raise
         message = f"out of memory, a smaller --chunk or --dtype may help: {reason(e)}"
-    # Of several processes only the first one speaks: the others found the same.
-    if torchrun_processes() == 1 or os.environ.get("RANK", "0") == "0":
-        say(f"{name}: {one_line(message)}")
+    # An error may be one process's alone, so each of them says its own.
+    if torchrun_processes() > 1 and os.environ["RANK"] != "0":
+        name = f"rank {os.environ['RANK']}: {name}"
+    say(f"{name}: {one_line(message)}")
     return 2
 
 
@@ -136,16 +139,19 @@ def reading(path, what="read"):
     """The boundary around untrusted files: any error inside becomes a UserError naming the file.
 
     Parsers raise almost anything (RecursionError for JSON nested 100,000 deep, MemoryError for a
-    header that asks for 2^60 bytes), so this catches every Exception.
+    header that asks for 2^60 bytes), so this catches every Exception. A Rust library that panics
+    raises a PanicException, which is none and has no module to import it from.
     """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):     # a full GPU is not the file's fault
         raise
     except OSError as e:        # a missing file, for instance: its format has no part in it
         verb = "read" if what.startswith("read") else what
         raise UserError(f"{path} cannot be {verb}: {reason(e)}") from None
-    except Exception as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise                   # Ctrl-C
         raise UserError(f"{path} cannot be {what}: {reason(e)}") from None
 
 
@@ -190,10 +196,12 @@ def read_json(path, required=True):
 def check_number(path, key, value, low, high=math.inf, whole=False):
     """value, if it is a (whole) number from low to high; else a UserError naming path and key.
 
-    JSON's true and false are ints to Python; they are refused, and so are strings and NaN.
+    JSON's true and false are ints to Python; they are refused, and so are strings, NaN and 1e400,
+    which Python reads as infinity.
     """
     kind = int if whole else (int, float)
-    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and value != math.inf
+    if is_number and low <= value <= high:
         return value
     wanted = "a whole number" if whole else "a number"
     bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -204,26 +212,39 @@ def check_number(path, key, value, low, high=math.inf, whole=False):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary name to write to: renamed to `path` at the block's end, removed on failure.
+    """A temporary file to write to: renamed to `path` at the block's end, removed on failure.
 
+    It lies in the same folder, since a file cannot be renamed to another disk. Its name is new, so
+    that it is nobody else's file, and ends with .part: a killed process leaves it behind.
     A symbolic link stays one: the file that it points to is replaced.
     """
     check_replaceable(path)
     target = os.path.realpath(path)
-    part = f"{target}.part"
+    folder, name = os.path.split(target)
+    part = None
     try:
+        file, part = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
+        os.close(file)
         yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)      # some writers create their files as 0600
+        os.chmod(part, mode_of(target))     # mkstemp creates files as 0600
         os.replace(part, target)
-    except UserError:
-        raise
-    except Exception as e:                  # safetensors has its own kinds for a full disk
+    # safetensors has its own kind for a full disk. A model's folder may have a name that is no
+    # UTF-8, and no file can hold that.
+    except (OSError, SafetensorError, UnicodeError) as e:
         raise UserError(f"{path} cannot be written: {reason(e)}") from None
     finally:
-        with contextlib.suppress(OSError, ValueError):
-            os.unlink(part)
+        if part is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+
+
+def mode_of(path):
+    """The permissions that a file has, or that a new one gets."""
+    if os.path.exists(path):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    umask = os.umask(0)             # it can only be read by setting it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def write_text(path, text):
@@ -251,6 +272,14 @@ def check_writable(path):
         raise UserError(f"{path} cannot be written: {folder} is no folder that can be written to")
 
 
+def check_appendable(path):
+    """The same for a file that lines are added to: if it is there, its folder does not matter."""
+    if not os.path.isfile(path):
+        check_writable(path)
+    elif not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written: it is read-only")
+
+
 # ---------------------------------------------------------------------------------------- options
 
 class Parser(argparse.ArgumentParser):
@@ -274,6 +303,7 @@ def real(low, high=math.inf):
 
 
 def number_type(kind, name, low, high):
+    """A function from an option's text to a number of this kind (int or float), for argparse."""
     def parse(text):
         try:
             value = kind(text)
@@ -281,6 +311,7 @@ def number_type(kind, name, low, high):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             bounds = f"from {low} to {high:,}"
+            # A reader wants to see the largest number of all only if theirs is larger.
             if high in (math.inf, 2**63 - 1) and not value > high:
                 bounds = f"of at least {low}"
             raise argparse.ArgumentTypeError(f"should be {name} {bounds}, it is {quoted(text)}")
@@ -341,10 +372,16 @@ def clock(device):
 
 
 def peak_bytes(device):
-    """The most memory held at once: the allocator's on CUDA, the process's on a CPU."""
+    """The most memory held at once: the allocator's on CUDA, the process's on a CPU.
+
+    None on Windows, where Python does not know.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource                         # not on Windows
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -374,10 +411,11 @@ def process_group(args):
     if torchrun_processes() == 1:
         yield
         return
-    if torch.cuda.is_available() and args.device is None:
+    # Each process has its own GPU, also with a bare --device cuda.
+    if args.device == "cuda" or args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    on_gpu = (args.device or "cpu").startswith("cuda")
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = pick_device(args.device)       # a wrong one is a line now, and a traceback in NCCL
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         with contextlib.ExitStack() as stack:
             if dist.get_rank() > 0:

@@ -113,9 +113,15 @@ def say_of_other_weights(path, meta, model):
 
 
 def same_name(one, other):
-    """Do two names mean the same model? The hub's owner/Name is a local folder Name, or name."""
-    one, other = (str(name).rpartition("/")[2].casefold() for name in (one, other))
-    return one == other
+    """Do two names mean the same model? The hub's owner/Name is a local folder Name, or name.
+
+    A file may name none, or something that is no text: that is no model's name.
+    """
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    one = one.rpartition("/")[2].casefold()
+    other = other.rpartition("/")[2].casefold()
+    return one != "" and one == other
 
 
 def find_gates(folder, model, names):
@@ -145,20 +151,23 @@ def load_official(make, path, model):
     # Theirs are weights of Conv1d (rows, columns, 1), and the rows of all heads stand in one
     # matrix, head after head. With 2 heads of 64 hidden numbers, rows 64 to 128 are head 1's.
     hidden = max(1, rows // Hkv)
-    reshape = {"w1": [(Hkv * hidden, 2 * D, 1), (Hkv, hidden, 2 * D)],
-               "b1": [(Hkv * hidden,), (Hkv, hidden)],
-               "w2": [(Hkv, hidden, 1), (Hkv, hidden)]}
+    their_shapes = {"w1": (Hkv * hidden, 2 * D, 1), "b1": (Hkv * hidden,), "w2": (Hkv, hidden, 1)}
+    our_shapes = {"w1": (Hkv, hidden, 2 * D), "b1": (Hkv, hidden), "w2": (Hkv, hidden)}
+    reshaped = {}
     for name, tensor in tensors.items():
-        theirs, ours = reshape.get(name.split(".")[2], (None, None))
-        if tensor.shape == theirs:          # else it does not fit, and fill_gates says so
-            tensors[name] = tensor.reshape(ours)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return fill_gates(make, path, model, dict(expansion=hidden / D), shapes, tensors.get)
+        part = name.split(".")[2]           # "w1" of "layers.0.w1"
+        if part in their_shapes and tensor.shape == their_shapes[part]:
+            tensor = tensor.reshape(our_shapes[part])
+        reshaped[name] = tensor             # in another shape it does not fit: fill_gates says so
+    shapes = {name: tuple(tensor.shape) for name, tensor in reshaped.items()}
+    return fill_gates(make, path, model, dict(expansion=hidden / D), shapes, reshaped.get)
 
 
 @torch.no_grad()
-def fill_gates(make, path, model, settings, shapes, read):
-    """Gates for model, with the tensors of a file: `shapes` of them all, and `read` for each.
+def fill_gates(make, path, model, settings, shapes, get_tensor):
+    """Gates for model, with the tensors of a file.
+
+    shapes: name -> shape of all its tensors. get_tensor: name -> tensor.
 
     UserError unless they are exactly the parameters. The shapes are compared on the meta
     device, where parameters have no memory: a broken file must not make us allocate what it
@@ -184,7 +193,7 @@ def fill_gates(make, path, model, settings, shapes, read):
     first = model.config.rank * model.config.num_kv_heads
     for name, p in gates.named_parameters():
         with reading(path):
-            data = read(name)
+            data = get_tensor(name)
         if not name.endswith("_norm"):              # one for each head
             data = data[first:first + len(p)]
         p.copy_(data)
@@ -203,15 +212,25 @@ def metadata_number(path, key, text, low, high, kind):
 
 # The quantiles of gates, by which generate.py --keep chooses tau.
 #
-# A row with n promoted tokens has ceil(n / 64) pages: a page opens with its 1st token, whatever
-# the other 63 are. So of a row's gates, in falling order, only the 1st, the 65th, the 129th, ...
-# count. Each of these *opening gates* stands for a page, which a tau up to that gate opens. A file
-# has their quantiles over all rows of some texts, for some lengths of a text:
+# How many pages does a row need at some tau? With n promoted tokens it has ceil(n / 64) pages. So
+# it takes a page with its 1st promoted token, and the next ones with its 65th, 129th, ...
+# Sort a row's gates in falling order. Then the row has its first page if tau is at most the 1st
+# gate, the second page if tau is at most the 65th, and so on: each of these *opening gates* stands
+# for one page. All others do not matter. For example, a row of 100 tokens:
+#
+#     gates, sorted       0.9 (the 1st)   ...   0.2 (the 65th)   ...   0.01 (the 100th)
+#     opening gates       0.9                   0.2
+#     tau = 0.5           opens one page of two
+#     tau = 0.1           opens both
+#
+# A gate file has the quantiles of the opening gates of all rows of some texts, for some lengths of
+# a text:
 #
 #     {"1024": [65 numbers, ascending], "2048": ...}
 #
-# If the number for the level 0.9 is 0.07, then tau = 0.07 opens 10% of the pages that all tokens
-# would fill. The levels lie closest at the upper end, where small shares are: 1 - (n / 64)^2.
+# If the number for the level 0.9 is 0.07, then 90% of the opening gates are below 0.07. So
+# tau = 0.07 opens 10% of the pages that all tokens would fill. The levels are 1 - (n / 64)^2: they
+# lie closest near 1, where small shares are.
 
 LEVELS = [1 - (n / 64) ** 2 for n in range(64, -1, -1)]
 
@@ -225,12 +244,13 @@ def page_share(quantiles, tau, tokens):
     lengths = sorted(quantiles)
     tokens = min(max(tokens, lengths[0]), lengths[-1])
     upper = bisect.bisect_left(lengths, tokens)                 # the first of at least `tokens`
-    long = share_at(quantiles[lengths[upper]], tau)
+    upper_share = share_at(quantiles[lengths[upper]], tau)
     if lengths[upper] == tokens:
-        return long
-    short = share_at(quantiles[lengths[upper - 1]], tau)
+        return upper_share
+    lower_share = share_at(quantiles[lengths[upper - 1]], tau)
+    # Where the length lies between its two neighbors, from 0 to 1. All three are logarithms.
     weight = math.log(tokens / lengths[upper - 1]) / math.log(lengths[upper] / lengths[upper - 1])
-    return short + weight * (long - short)
+    return lower_share + weight * (upper_share - lower_share)
 
 
 def share_at(values, tau):
@@ -238,12 +258,19 @@ def share_at(values, tau):
 
     Between two quantiles it changes with the logarithm of tau: most gates are tiny.
     """
-    n = bisect.bisect_left(values, tau)                         # the first that reaches tau
-    if n == 0 or n == len(values):
-        return 1.0 if n == 0 else 0.0
-    low, here, high = (math.log(max(x, 1e-30)) for x in (values[n - 1], tau, values[n]))
-    weight = (here - low) / (high - low) if high > low else 1.0
-    return 1 - (LEVELS[n - 1] + weight * (LEVELS[n] - LEVELS[n - 1]))
+    upper = bisect.bisect_left(values, tau)                     # the first that reaches tau
+    if upper == 0:                  # all do
+        return 1.0
+    if upper == len(values):        # none does
+        return 0.0
+    log_tau = math.log(max(tau, 1e-30))
+    log_low = math.log(max(values[upper - 1], 1e-30))
+    log_high = math.log(max(values[upper], 1e-30))
+    weight = 1.0
+    if log_high > log_low:
+        weight = (log_tau - log_low) / (log_high - log_low)
+    level = LEVELS[upper - 1] + weight * (LEVELS[upper] - LEVELS[upper - 1])
+    return 1 - level                # `level` of the gates are below tau
 
 
 def read_quantiles(path, meta):
@@ -359,7 +386,9 @@ def fingerprint(model):
     if c.processes > 1:                             # all of k_proj, and then all of v_proj
         parts = [torch.empty_like(weight) for _ in range(c.processes)]
         dist.all_gather(parts, weight.contiguous())
-        weight = torch.cat([part.chunk(2)[n] for n in (0, 1) for part in parts])
+        keys = [part.chunk(2)[0] for part in parts]
+        values = [part.chunk(2)[1] for part in parts]
+        weight = torch.cat(keys + values)
     sample = weight[::7, ::5].to("cpu", torch.bfloat16)
     sizes = (c.model_type, c.num_layers, c.hidden_size, c.num_heads * c.processes,
              c.num_kv_heads * c.processes, c.head_dim, c.vocab_size)
@@ -415,10 +444,16 @@ def load_cache(kv, path, model):
     meta = file.metadata() or {}
     if "cache_format" not in meta:
         raise UserError(f"{path} is no saved cache: its metadata names no cache_format")
-    for key, here in cache_metadata(kv, model).items():
-        if meta.get(key) != str(here):
+    here = cache_metadata(kv, model)
+    if meta.get("kind") != here["kind"]:
+        if meta.get("kind") == "DenseCache":
+            raise UserError(f"{path}: this cache was saved with --dense: give --dense here too")
+        if meta.get("kind") == "DualCache":
+            raise UserError(f"{path}: this cache was saved without --dense: leave it out here too")
+    for key, value in here.items():
+        if meta.get(key) != str(value):
             raise UserError(f"{path}: this cache was saved with {key} {quoted(meta.get(key))}, "
-                            f"here it is {quoted(str(here))}")
+                            f"here it is {quoted(str(value))}")
     with reading(path):
         notes = json.loads(meta.get("notes", "{}"))
     if not isinstance(notes, dict):

@@ -19,18 +19,23 @@ language model runs is in `prefill` and `decode`. (Text becomes tokens in tokeni
 import argparse
 import base64
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
-from common import (DTYPES, HERE, Parser, UserError, all_reduce_sum, check_writable, clock,
-                    drop_stdout, model_options, peak_bytes, pick_device, printable, progress,
-                    process_group, quoted, rank_and_processes, read_json, read_text, reading, real,
-                    run_program, say, whole, write_text)
+from common import (DTYPES, HERE, MAX_TEXT_FILE, Parser, UserError, all_reduce_sum,
+                    check_appendable, check_number, check_regular, check_writable, clock,
+                    drop_stdout, model_options, one_line, peak_bytes, pick_device, printable,
+                    process_group, progress, quoted, rank_and_processes, read_json, reading, real,
+                    reason, run_program, say, whole, write_text)
 
 import torch
 import torch.distributed as dist
@@ -136,22 +141,27 @@ def decode(model, kv, hidden, steps, end=(), choose=None):
     On a GPU the host runs LAG steps ahead of the ids it reads, so that the GPU never waits for it.
     (So if you stop reading early, up to LAG more tokens than you have seen are in the cache.)
     """
-    loop = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
-    loop.start(0, hidden)       # the prefill gives the first id, so 3 ids take 2 steps
+    assert steps >= 1, f"{steps} steps: the prefill gives the first id already"
+    decoder = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
+    decoder.start(0, hidden)
+    remaining = steps - 1       # the prefill gives the first id, so 3 ids take 2 steps
     ahead = LAG if kv.capturable else 0
-    pending = [HostCopy(loop.token)]        # ids on their way to the host, oldest first
+    pending = [HostCopy(decoder.token)]     # ids on their way to the host, oldest first
     ended = [False] * len(hidden)
     started = 0
-    with contextlib.ExitStack() as room:
-        while pending or started < steps - 1:
-            while started < steps - 1 and len(pending) <= ahead:
-                # On a GPU no step may ask for memory, so we ask before, but not for all steps:
-                # a reply can be much shorter than its limit. A CPU makes room step by step.
-                if kv.capturable and started % kv.most_steps == 0:
-                    room.close()
-                    room.enter_context(kv.reserve(min(kv.most_steps, steps - 1 - started)))
-                loop.run()
-                pending.append(HostCopy(loop.token))
+    # On a GPU no step may ask for memory, so we reserve it before. Not for all steps at once: a
+    # reply can be much shorter than its limit. So a reservation is given back and the next one
+    # made in the middle of the loop, which a plain `with` cannot do. (A CPU makes room step by
+    # step.)
+    with contextlib.ExitStack() as reserved:
+        while pending or started < remaining:
+            while started < remaining and len(pending) <= ahead:
+                if kv.capturable and started % kv.shared.most_steps == 0:
+                    reserved.close()
+                    steps_ahead = min(kv.shared.most_steps, remaining - started)
+                    reserved.enter_context(kv.reserve(steps_ahead))
+                decoder.run()
+                pending.append(HostCopy(decoder.token))
                 started += 1
             ids = pending.pop(0).wait()
             yield [None if over else token for token, over in zip(ids, ended)]
@@ -186,10 +196,10 @@ class DecodeStep:
         these = slice(first, first + len(hidden))
         self.logits[these] = self.model.logits(hidden)
         self.token[these] = self.choose(self.logits[these])
-        self.agree()
+        self.broadcast_ids()
         self.alive[these] = self.no_end()[these]
 
-    def agree(self):
+    def broadcast_ids(self):
         """Of several processes all take the first one's ids, whatever the last bits of logits."""
         if self.model.config.processes > 1:
             dist.broadcast(self.token, 0)
@@ -199,23 +209,29 @@ class DecodeStep:
         return (self.token[:, None] != self.ends).all(dim=1)
 
     def run(self):
-        """Take a step: the first plainly, because it compiles kernels, the others by the graph."""
+        """Take a step, by the graph if there is one."""
         if self.use_graph:
-            self.kv.ensure_room(1)          # a replay does not ask, and a capture must not
-        if self.kv.reallocations != self.reallocations:
-            self.graph = None               # it holds addresses that have changed
-            self.reallocations = self.kv.reallocations
+            # A replay runs no Python that could ask for memory, and a capture must not ask.
+            self.kv.ensure_room(1)
+        if self.kv.shared.reallocations != self.reallocations:
+            # The first step, or the cache has moved and a graph would hold old addresses: plainly.
+            # This also compiles the kernels, which a capture cannot do.
+            self.graph = None
+            self.reallocations = self.kv.shared.reallocations
             self.body()
-        elif self.use_graph and self.graph is None:
+        elif not self.use_graph:
+            self.body()
+        elif self.graph is None:
+            # Capture: body() runs as Python, so the cache's `begin` takes the room. Its kernels
+            # are only recorded: the replay runs them.
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):                  # records, runs nothing
+            with torch.cuda.graph(self.graph):
                 self.body()
             self.graph.replay()
-        elif self.graph is not None:
+        else:
+            # Replay: no `begin` runs, so we take the room.
             self.graph.replay()
             self.kv.take_room(1)
-        else:
-            self.body()
         if not self.choice_in_graph:
             self.pick()
 
@@ -233,11 +249,26 @@ class DecodeStep:
     def pick(self):
         """Choose the next ids."""
         self.token.copy_(self.choose(self.logits))
-        self.agree()
+        self.broadcast_ids()
         self.alive.logical_and_(self.no_end())
 
 
-RUN = 16                # decode steps between two chunks of a prompt that is being read
+STEPS_BETWEEN_CHUNKS = 16       # decode steps between two chunks of a prompt
+
+
+@dataclass
+class PromptInPrefill:
+    """A prompt that a Server is reading."""
+    b: int                  # the sequence that it goes to
+    index: int              # which of the prompts it is
+    chunks: Iterator        # prefill_chunks(...), a step for each chunk
+    unread: int             # tokens
+
+
+class Answer(NamedTuple):
+    """An answer that a Server is decoding."""
+    index: int              # of its prompt
+    ids: list               # so far
 
 
 class Server:
@@ -261,8 +292,9 @@ class Server:
         self.end = end
         self.chunk = chunk
         self.advance = advance      # called with the number of tokens read
-        self.loop = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
-        self.prefill_s = self.decode_s = 0.0
+        self.decoder = DecodeStep(model, kv, end, choose, use_graph=steps > FEW_STEPS)
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
 
     @torch.no_grad()
     def answers(self, prompts):
@@ -270,66 +302,84 @@ class Server:
 
         And the bytes that its sequence kept in the end, and what a dense cache would have held.
         """
-        waiting = list(enumerate(prompts))
-        free = list(range(self.kv.B))
-        reading = None              # (sequence, index, chunks, tokens unread)
-        said = {}                   # sequence -> (index, ids so far)
-        self.kv.expect([len(prompt) for prompt in prompts[:self.kv.B]]
-                       + [0] * (self.kv.B - len(prompts)))
-        while waiting or reading or said:
-            if reading is None and waiting and free and self.is_there(waiting[0][0]):
+        waiting = list(enumerate(prompts))      # not begun yet
+        free = list(range(self.kv.B))           # sequences
+        prefilling = None                       # at most one prompt is read at a time
+        decoding = {}                           # sequence -> its Answer
+        lengths = [len(prompt) for prompt in prompts[:self.kv.B]]
+        self.kv.expect(lengths + [0] * (self.kv.B - len(lengths)))
+        while waiting or prefilling is not None or decoding:
+            # A free sequence takes the next prompt.
+            if prefilling is None and waiting and free and self.is_there(waiting[0][0]):
                 b = free.pop(0)
                 index, prompt = waiting.pop(0)
                 chunks = prefill_chunks(self.model, self.kv.sequences(b), [prompt], self.chunk)
-                reading = (b, index, chunks, len(prompt))
-            if reading is not None:
-                b, index, chunks, unread = reading
-                unread -= self.read(chunks, b, last=unread)
-                reading = (b, index, chunks, unread)
-                if unread == 0:
-                    reading = None
-                    said[b] = (index, [int(self.loop.token[b])])
-            if said:
-                self.run(said, RUN if reading or waiting and free else self.kv.most_steps)
-            for b, (index, ids) in list(said.items()):
-                if ids[-1] in self.end or len(ids) == self.steps:
-                    del said[b]
-                    self.loop.alive[b] = False
+                prefilling = PromptInPrefill(b, index, chunks, unread=len(prompt))
+
+            # Read one chunk. The last one gives the answer's first id.
+            if prefilling is not None:
+                b = prefilling.b
+                prefilling.unread -= self.read(prefilling.chunks, b, last=prefilling.unread)
+                if prefilling.unread == 0:
+                    decoding[b] = Answer(prefilling.index, [int(self.decoder.token[b])])
+                    prefilling = None
+
+            # Go on with the answers, for a short time if a chunk can be read after that.
+            if decoding:
+                most = self.kv.shared.most_steps
+                if prefilling is not None or waiting and free:
+                    most = STEPS_BETWEEN_CHUNKS
+                self.run(decoding, most)
+            for b, answer in list(decoding.items()):
+                if answer.ids[-1] in self.end or len(answer.ids) == self.steps:
+                    del decoding[b]
+                    self.decoder.alive[b] = False
                     sequence = self.kv.sequences(b)
-                    kept, dense = sequence.kept_bytes(), sequence.dense_bytes()
+                    kept = sequence.kept_bytes()
+                    dense = sequence.dense_bytes()
                     sequence.reset()
                     free.append(b)
-                    yield index, ids, kept, dense
+                    yield answer.index, answer.ids, kept, dense
 
     def is_there(self, index):
-        """Has this prompt arrived? (Here all are there from the start.)"""
+        """Has this prompt arrived? Here all are there from the start; bench.py overrides this."""
         return True
 
     def read(self, chunks, b, last):
-        """Read a chunk into sequence b, and choose its first id if it was the last: its length."""
+        """Read a chunk into sequence b; after the last chunk choose the answer's first id.
+
+        last: how many tokens were unread. A chunk of so many is the last one.
+        Returns how many tokens were read.
+        """
         start = clock(self.model.device)
         count, hidden = next(chunks)
         if count == last:
-            self.loop.start(b, hidden)
+            self.decoder.start(b, hidden)
         self.prefill_s += clock(self.model.device) - start
         self.advance(count)
         return count
 
-    def run(self, said, most):
-        """Some decode steps: as many as all answers can still take, and `most` at most."""
+    def run(self, decoding, most):
+        """Some decode steps: as many as all answers can still take, and `most` at most.
+
+        Why P at most? We read the ids only after the last step. An answer that has ended before
+        holds its sequence up to then, while another prompt may wait for it. And P tokens take at
+        most one more page a row, so that is all that we reserve.
+        """
         start = clock(self.model.device)
-        steps = min(most, P, *(self.steps - len(ids) for _, ids in said.values()))
+        steps = min(self.steps - len(answer.ids) for answer in decoding.values())
+        steps = min(steps, most, P)
         taken = torch.empty(steps, self.kv.B, dtype=torch.long, device=self.model.device)
-        with contextlib.ExitStack() as room:
+        with contextlib.ExitStack() as reserved:
             if self.kv.capturable and steps > 0:
-                room.enter_context(self.kv.reserve(steps))
+                reserved.enter_context(self.kv.reserve(steps))
             for n in range(steps):
-                self.loop.run()
-                taken[n] = self.loop.token
+                self.decoder.run()
+                taken[n] = self.decoder.token
         for ids_of_step in taken.tolist():          # here the host waits, once a run
-            for b, (_, ids) in said.items():
-                if ids[-1] not in self.end:
-                    ids.append(ids_of_step[b])
+            for b, answer in decoding.items():
+                if answer.ids[-1] not in self.end:
+                    answer.ids.append(ids_of_step[b])
         self.decode_s += clock(self.model.device) - start
 
 
@@ -371,9 +421,9 @@ def sampler(temperature, top_p, seed, device):
         before = p.cumsum(dim=-1) - p
         p[before >= top_p] = 0
         # torch.multinomial would wait for the device to check p. The same distribution: each id
-        # waits an exponential time at the rate p, and the first one to come is chosen.
-        waiting = torch.empty_like(p).exponential_(generator=generator)
-        first = (p / waiting).argmax(dim=-1, keepdim=True)              # (B, 1)
+        # comes after an exponential time at the rate p, e / p, and we choose the first to come.
+        e = torch.empty_like(p).exponential_(generator=generator)
+        first = (p / e).argmax(dim=-1, keepdim=True)                    # (B, 1)
         return ids.gather(-1, first)[:, 0]
 
     return choose
@@ -396,54 +446,75 @@ def warm_up(model, kv):
 # ------------------------------------------------------------------------------------------ report
 
 class Session:
-    """A model, a cache and the conversation in it, with the figures that are shown at the end."""
+    """A model, a cache and the conversation in it, with the figures that are shown at the end.
+
+    What the model says to a prompt is an answer. In a chat, where a turn follows it, the chat
+    template calls it a reply, and so do we where we count them.
+    """
 
     def __init__(self, args):
         self.args = args
         self.names = args.prompt or [str(HERE / "tiny" / "example.txt")]
-        if args.load_cache and not args.prompt:
+        if args.load_cache is not None and not args.prompt:
             self.names = []         # the conversation goes on with what is typed
-        self.done = {}              # name -> the object of an answer that --jsonl has already
-        if args.jsonl:
-            self.done = read_answers(args.jsonl, args.model)
-            self.names = [name for name in self.names if name not in self.done]
         texts = [read_prompt(name) for name in self.names]      # first: a wrong path fails fast
+        self.answer_file = None     # of --jsonl
+        self.done = {}              # number of a prompt -> the row of its answer
+        if args.jsonl is not None:
+            self.answer_file = AnswerFile(args, self.names, texts)
+            for n, name in enumerate(self.names):
+                if name in self.answer_file.rows:
+                    self.done[n] = self.answer_file.rows[name]
+        self.unanswered = [n for n in range(len(self.names)) if n not in self.done]
+        self.shown = 0              # prompts whose answers were printed
         self.text = Text(args.model)
         self.replies = 0
         self.last = None            # the last id decoded, not in the cache yet
         self.ids = []               # those in the cache
-        if not args.load_cache:
+        if args.load_cache is None:             # a mistake in a prompt is found before the model
             self.prompts = [self.encode(text) for text in texts]
 
         self.model = load_model(args, split=True)
-        self.gates = None
-        batch = max(1, min(len(texts), args.batch or len(texts)))
-        if args.dense:
-            self.kv = DenseCache(self.model, batch)
-        else:
-            admission, self.gates = make_admission(args, self.model)
-            settings = dict(budget=self.budget(batch), evict_by=args.evict, select=args.select)
-            tau = self.pick_tau(admission, settings)
-            self.kv = DualCache(self.model, admission, batch, tau=tau, **settings)
+        self.gates = None           # the gate file
+        self.kv = self.make_cache(len(texts))
+        if args.load_cache is not None:         # what is encoded depends on what stands before
+            self.load_cache()
+            self.prompts = [self.encode(text) for text in texts]
         self.choose = None
         if args.temperature >= COLDEST:
             self.choose = sampler(args.temperature, args.top_p, args.seed, self.model.device)
 
-        if args.load_cache:
-            self.load_cache()
-            self.prompts = [self.encode(text) for text in texts]
         self.warned = False
         self.first_use_s = warm_up(self.model, self.kv)
-        self.prompt_tokens = self.new_tokens = 0
-        self.prefill_s = self.decode_s = 0.0
-        self.kept = self.dense = 0              # bytes of the sequences that several prompts had
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
+        self.kept = 0               # bytes of the sequences that several prompts had
+        self.dense = 0
+        self.longest = 0            # tokens of the longest of these
+
+    def make_cache(self, num_prompts):
+        """The empty cache that the options ask for.
+
+        Its batch, budget and tau follow from all prompts, answered before or not: so an answer does
+        not depend on where a run with --jsonl was stopped.
+        """
+        args = self.args
+        batch = max(1, min(num_prompts, args.batch or num_prompts))
+        if args.dense:
+            return DenseCache(self.model, batch)
+        admission, self.gates = make_admission(args, self.model)
+        settings = dict(budget=self.budget(batch), evict_by=args.evict, select=args.select)
+        tau = self.pick_tau(admission, settings)
+        return DualCache(self.model, admission, batch, tau=tau, **settings)
 
     def pick_tau(self, admission, settings):
         """The cache's tau: of --tau or --keep, or as --load-cache has it; None: the gates' own."""
         args = self.args
         if args.load_cache is not None and args.tau is None:
             return saved_tau(args.load_cache)
-        if args.keep is None or not self.prompts:               # --jsonl has all answers already
+        if args.keep is None:
             return args.tau
         if not admission.quantiles:
             first = ""
@@ -472,7 +543,7 @@ class Session:
             c = self.model.config
             heads = c.num_kv_heads * c.processes
             numbers = 2 * c.num_layers * heads * c.head_dim * tokens                # of K and V
-            budget = int(budget * numbers * self.model.dtype.itemsize)
+            budget = min(int(budget * numbers * self.model.dtype.itemsize), LARGEST)
         return budget
 
     def encode(self, text):
@@ -481,19 +552,28 @@ class Session:
             return self.text.turn(text, self.replies, self.last)
         if not self.ids:
             return self.text.encode(text)
-        last = [] if self.last is None else [self.last]
-        return last + self.text.encode(f"\n\n{text}", begin=False)
+        ids = self.text.encode(f"\n\n{text}", begin=False)
+        if self.last is not None:
+            ids = [self.last] + ids
+        return ids
 
     def load_cache(self):
         """Go on where the process that wrote --load-cache has ended."""
-        [self.ids], notes = self.kv.load(self.args.load_cache, self.model)
-        self.replies, self.last = notes.get("replies"), notes.get("last")
+        file = self.args.load_cache
+        [self.ids], notes = self.kv.load(file, self.model)
         chat = notes.get("chat")
-        if not isinstance(self.replies, int) or not isinstance(self.last, (int, type(None))):
-            raise UserError(f"{self.args.load_cache}: its notes do not say where the text stops")
-        if chat is not self.args.chat:
-            raise UserError(f"{self.args.load_cache} was saved {'with' if chat else 'without'} "
-                            "--chat: go on in the same way")
+        if not isinstance(chat, bool):
+            raise UserError(f"{file}: its notes do not say if it was saved with --chat")
+        if chat != self.args.chat:
+            raise UserError(f"{file} was saved {'with' if chat else 'without'} --chat: go on in "
+                            "the same way")
+        # Each reply has left a token at least.
+        self.replies = check_number(file, "its notes' replies", notes.get("replies"), 0,
+                                    len(self.ids), whole=True)
+        self.last = notes.get("last")
+        if self.last is not None:
+            check_number(file, "its notes' last", self.last, 0, self.model.config.vocab_size - 1,
+                         whole=True)
 
     def save_cache(self):
         """Write --save-cache: the cache, and where the conversation stands."""
@@ -503,14 +583,19 @@ class Session:
 
     def run(self):
         """Answer the prompts, then each line from the terminal."""
-        if len(self.prompts) > 1 or self.args.jsonl:
+        if len(self.prompts) > 1 or self.answer_file is not None:
             self.answer_all()
             return
         if self.prompts:
             self.answer()
         if self.args.interactive:
             for line in typed_lines():
-                self.decode(self.prefill([self.encode(line)]))
+                try:
+                    hidden = self.prefill([self.encode(line)])
+                except UserError as e:          # the line has not reached the cache
+                    say(f"this line was left out: {one_line(e)}")
+                    continue
+                self.decode(hidden)
         if self.args.save_cache is not None:
             self.save_cache()
 
@@ -526,53 +611,89 @@ class Session:
 
     def answer_all(self):
         """Answer several prompts; stdout has the answers in the order of the prompts."""
-        self.warn_if_too_long(self.prompts)
-        names = self.args.prompt or self.names
-        shown = 0                                               # names whose answers were printed
-        total = sum(map(len, self.prompts))
-        with progress(total, "reading", "tokens") as bar:
+        self.show_done()
+        prompts = [self.prompts[n] for n in self.unanswered]
+        self.warn_if_too_long(prompts)
+        with self.counting(prompts, "reading") as advance:
             server = Server(self.model, self.kv, self.args.max_new_tokens, self.text.end,
-                            self.choose, self.args.chunk, bar.update)
+                            self.choose, self.args.chunk, advance)
             try:
-                for index, ids, kept, dense in server.answers(self.prompts):
-                    self.finish(index, ids, kept, dense)
-                    while shown < len(names) and names[shown] in self.done:
-                        self.show(names[shown])
-                        shown += 1
+                for index, ids, kept, dense in server.answers(prompts):
+                    self.finish(self.unanswered[index], ids, kept, dense)
+                    self.show_done()
             finally:                                            # also after Ctrl-C
-                self.prefill_s, self.decode_s = server.prefill_s, server.decode_s
-        for name in names[shown:]:                              # all that --jsonl had already
-            self.show(name)
+                self.prefill_s = server.prefill_s
+                self.decode_s = server.decode_s
+        if not prompts:
+            self.count_stored()
 
-    def finish(self, index, ids, kept, dense):
-        """Note an answer that is done: its text, its figures, its line for --jsonl."""
+    @contextlib.contextmanager
+    def counting(self, prompts, description):
+        """A progress bar; yields what moves it, and counts the tokens read: also after Ctrl-C."""
+        with progress(sum(map(len, prompts)), description, "tokens") as bar:
+            def advance(count):
+                bar.update(count)
+                self.prompt_tokens += count
+
+            yield advance
+
+    def finish(self, n, ids, kept, dense):
+        """Note prompt n's answer, which is done: its text, its figures, its row for --jsonl."""
         stream = TextStream(self.text, continues=True)
         answer = "".join(map(stream.push, ids)) + stream.flush()
-        prompt_tokens = len(self.prompts[index])
-        self.prompt_tokens += prompt_tokens
+        prompt_tokens = len(self.prompts[n])
         self.new_tokens += len(ids)
         self.kept += kept
         self.dense += dense
-        name = self.names[index]
-        self.done[name] = dict(prompt=name, answer=answer, prompt_tokens=prompt_tokens,
-                               new_tokens=len(ids), kept_bytes=kept, dense_bytes=dense,
-                               model=self.args.model)
-        if self.args.jsonl and self.model.config.rank == 0:
-            with open(self.args.jsonl, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.done[name]) + "\n")
+        self.longest = max(self.longest, prompt_tokens + len(ids))
+        # A row is about all KV heads, of which a process has a part.
+        total = torch.tensor([kept, dense], device=self.model.device)
+        kept, dense = all_reduce_sum(total, self.model.config.processes).tolist()
+        self.done[n] = dict(prompt=self.names[n], answer=answer, prompt_tokens=prompt_tokens,
+                            new_tokens=len(ids), kept_bytes=kept, dense_bytes=dense,
+                            model=self.args.model)
+        if self.answer_file is not None and self.model.config.rank == 0:
+            self.answer_file.add(self.done[n])
 
-    def show(self, name):
-        print(f"==> {printable(name)} <==\n{self.done[name]['answer']}", flush=True)
+    def count_stored(self):
+        """--jsonl had all answers: the figures are theirs, as after the runs that made them."""
+        say(f"{self.args.jsonl} has all answers: nothing was left to do")
+        for row in self.done.values():
+            self.prompt_tokens += row["prompt_tokens"]
+            self.new_tokens += row["new_tokens"]
+            self.longest = max(self.longest, row["prompt_tokens"] + row["new_tokens"])
+            # `figures` adds up what each process has.
+            self.kept += row["kept_bytes"] // self.model.config.processes
+            self.dense += row["dense_bytes"] // self.model.config.processes
+
+    def show_done(self):
+        """Print the answers whose turn it is."""
+        while self.shown in self.done:
+            name = printable(self.names[self.shown])
+            self.put(f"==> {name} <==\n{self.done[self.shown]['answer']}\n")
+            self.shown += 1
+
+    def put(self, text):
+        """Print to stdout, at once."""
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:
+            # Its reader has gone (`| head`). A file that was asked for is still written, and
+            # other processes would wait for this one.
+            drop_stdout()
+            file_asked_for = self.args.save_cache is not None or self.args.jsonl is not None
+            if not file_asked_for and self.model.config.processes == 1:
+                raise
 
     def prefill(self, prompts):
         """Read prompts into the cache; returns the hidden states that decode starts from."""
         self.warn_if_too_long(prompts)
-        total = sum(len(prompt) for prompt in prompts)
         start = clock(self.model.device)
-        with progress(total, "prefill", "tokens") as bar:
-            hidden = prefill(self.model, self.kv, prompts, self.args.chunk, bar.update)
-        self.prefill_s += clock(self.model.device) - start
-        self.prompt_tokens += total
+        try:
+            with self.counting(prompts, "prefill") as advance:
+                hidden = prefill(self.model, self.kv, prompts, self.args.chunk, advance)
+        finally:                                                # also after Ctrl-C
+            self.prefill_s += clock(self.model.device) - start
         self.ids += prompts[0]
         self.last = None
         return hidden
@@ -600,68 +721,100 @@ class Session:
                     self.ids.append(self.last)
                 self.last = token
                 self.new_tokens += 1
-                print(stream.push(token), end="", flush=True)
+                self.put(stream.push(token))
         finally:                                                # also after Ctrl-C
             self.decode_s += clock(self.model.device) - start
             self.replies += 1
-            print(stream.flush(), flush=True)
+            self.put(stream.flush() + "\n")
 
     def figures(self):
         """What --json prints."""
         processes = self.model.config.processes
-        evicted = self.kv.num_evicted if self.args.budget is not None else 0
-        counts = torch.tensor([self.kept or self.kv.kept_bytes(),
-                               self.dense or self.kv.dense_bytes(), evicted],
-                              device=self.model.device)
-        own = int(counts[0])
-        kept, dense, evicted = all_reduce_sum(counts, processes).tolist()
-        evictions = {}
+        kept_bytes = self.kept
+        dense_bytes = self.dense
+        if dense_bytes == 0:        # no sequence was finished and emptied: it is still in the cache
+            kept_bytes = self.kv.kept_bytes()
+            dense_bytes = self.kv.dense_bytes()
+        evicted = 0
         if self.args.budget is not None:
-            evictions = dict(evicted_tokens=evicted, evictions=self.kv.num_evictions,
-                             final_tau=self.kv.tau_now)
+            evicted = self.kv.shared.num_evicted
+        counts = torch.tensor([kept_bytes, dense_bytes, evicted], device=self.model.device)
+        kept, dense, evicted = all_reduce_sum(counts, processes).tolist()
+
+        kept_share = None
+        if dense:
+            kept_share = round(kept / dense, 4)
+        tau = None
+        if not self.args.dense:
+            tau = self.kv.tau
+        extra = {}
+        if self.args.budget is not None:
+            extra.update(evicted_tokens=evicted, evictions=self.kv.shared.num_evictions,
+                         final_tau=self.kv.shared.tau_now)
         if processes > 1:
-            heaviest = torch.tensor(own, device=self.model.device)
+            heaviest = torch.tensor(kept_bytes, device=self.model.device)
             dist.all_reduce(heaviest, dist.ReduceOp.MAX)
-            evictions.update(processes=processes, heaviest_kept_bytes=int(heaviest))
+            extra.update(processes=processes, heaviest_kept_bytes=int(heaviest))
         return dict(
             prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens,
             first_use_s=round(self.first_use_s, 4), prefill_s=round(self.prefill_s, 4),
-            decode_s=round(self.decode_s, 4), kept_share=round(kept / dense, 4) if dense else None,
-            kept_bytes=kept, dense_bytes=dense, peak_bytes=peak_bytes(self.model.device),
-            model=self.args.model, gates=self.gates, device=str(self.model.device),
-            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed,
-            tau=None if self.args.dense else self.kv.tau, **evictions)
+            decode_s=round(self.decode_s, 4), kept_share=kept_share, kept_bytes=kept,
+            dense_bytes=dense, peak_bytes=peak_bytes(self.model.device), model=self.args.model,
+            gates=self.gates, device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."), seed=self.args.seed, tau=tau,
+            **extra)
 
     def report(self):
-        """The figures, for people."""
+        """The figures, for people, and for programs with --json."""
         f = self.figures()
-        if f["kept_share"] is None:             # --jsonl, and its file has all answers already
-            return say("no prompt was read")
-        prefill_rate = self.prompt_tokens / max(self.prefill_s, 1e-9)
-        decode_rate = self.new_tokens / max(self.decode_s, 1e-9)
+        if self.prompt_tokens == 0 and not self.ids or not f["dense_bytes"]:
+            say("no prompt was read")           # Ctrl-C in its first chunk
+        else:
+            self.report_times(f)
+            self.report_bytes(f)
+        if self.args.json:
+            say(json.dumps(f))
+
+    def report_times(self, f):
+        """The lines about tokens and seconds."""
         say(f"prompt   {self.prompt_tokens:8,} tokens")
         if self.first_use_s:
             say(f"compile  {self.first_use_s:8.2f} s   (the kernels, at a process's first use; not "
                 "in the times below)")
+        if self.prefill_s == 0:                 # --jsonl had all answers
+            return
+        prefill_rate = self.prompt_tokens / self.prefill_s
+        decode_rate = self.new_tokens / max(self.decode_s, 1e-9)
         say(f"prefill  {self.prefill_s:8.2f} s   {prefill_rate:10,.1f} tokens/s")
         say(f"decode   {self.decode_s:8.2f} s   {decode_rate:10,.1f} tokens/s   "
             f"({self.new_tokens} tokens)")
-        say(f"kept     {f['kept_share']:8.1%}     {f['kept_bytes'] / 2**20:10,.2f} MiB, where a "
-            f"dense cache holds {f['dense_bytes'] / 2**20:,.2f} MiB")
+
+    def report_bytes(self, f):
+        """The lines about what was kept."""
+        kept_mib = f["kept_bytes"] / 2**20
+        dense_mib = f["dense_bytes"] / 2**20
+        tokens = len(self.ids) or self.prompt_tokens + self.new_tokens
+        longest = max(self.longest, int(self.kv.num_tokens.max()))
+        if not self.args.dense and longest <= self.kv.window:
+            # A share would be hundreds of percent: a ring has its whole size from the start.
+            say(f"kept     all {tokens:,} tokens    {kept_mib:,.2f} MiB for windows of "
+                f"{self.kv.window:,} tokens; a dense cache holds {dense_mib:,.2f} MiB")
+        else:
+            say(f"kept     {f['kept_share']:8.1%}     {kept_mib:10,.2f} MiB, where a dense cache "
+                f"holds {dense_mib:,.2f} MiB")
+            if f["kept_share"] > 1:
+                say("         (more than dense: whole pages and tables cost more than was refused)")
         if "processes" in f:
             heaviest = f["heaviest_kept_bytes"] / (f["kept_bytes"] / f["processes"])
             say(f"         ({f['processes']} processes; the heaviest keeps {heaviest:.2f} times "
                 "the mean)")
-        if f["kept_share"] > 1:
-            say("         (more than dense: whole pages and tables cost more than was refused)")
-        if self.args.keep is not None and self.prompts:
+        if self.args.keep is not None:
             say(f"tau      {f['tau']:8.3g}     chosen for --keep {self.args.keep:.1%}")
         if self.args.budget is not None:
             say(f"evicted  {f['evicted_tokens']:8,} tokens of all heads   (evictions: "
-                f"{self.kv.num_evictions}; tau is now {self.kv.tau_now:.3g})")
-        say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
-        if self.args.json:
-            say(json.dumps(f))
+                f"{self.kv.shared.num_evictions}; tau is now {self.kv.shared.tau_now:.3g})")
+        if f["peak_bytes"] is not None:
+            say(f"peak     {f['peak_bytes'] / 2**20:8,.0f} MiB of memory")
 
     def show_kept(self, admitted):
         """Write the page of --show-kept for the prompt, which has just been read.
@@ -674,7 +827,7 @@ class Session:
         held = self.kv.admitted()
         page = kept_page(
             token_texts(self.text, self.prompts[0]), held, admitted & ~held, self.kv.window,
-            self.kv.tau_now, f"{self.model.name}, {decided_by}",
+            self.kv.shared.tau_now, f"{self.model.name}, {decided_by}",
             self.kv.kept_bytes() / self.kv.dense_bytes())
         write_text(self.args.show_kept, page)
 
@@ -696,29 +849,97 @@ class GateLog:
         return torch.stack([torch.cat(self.layers[n], dim=1) for n in sorted(self.layers)])
 
 
-def read_answers(path, model):
-    """{prompt: object} of the answers that a --jsonl file has; nothing if there is no file.
+class AnswerFile:
+    """The file of --jsonl: a row of JSON for each answer, found again by its prompt's name.
 
-    A last line that a killed run left half-written is cut off the file.
+    An answer is still right if the prompt has the same text and the options are the same. So a row
+    has a hash of each, and a file with other hashes is refused.
+    The path may be that of a user's own file, which must stay as it is. So we check every line
+    before we write, and cut off a half-written last row only when the next row takes its place.
     """
-    if not os.path.exists(path):
-        return {}
-    lines = read_text(path).splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        write_text(path, "".join(lines[:-1]))
-        lines.pop()
-    done = {}
-    for number, line in enumerate(lines, 1):
+
+    BEGIN = b'{"options_hash": "'       # of each row
+
+    def __init__(self, args, names, texts):
+        self.path = args.jsonl
+        self.options_hash = options_hash(args, texts)
+        self.prompt_hashes = {name: short_hash(text) for name, text in zip(names, texts)}
+        self.rows = {}                  # prompt's name -> its row
+        self.cut_at = None              # where half a row begins, in bytes
+        if os.path.exists(self.path):
+            self.read()
+
+    def read(self):
+        """Fill `rows` from the file."""
+        check_regular(self.path, MAX_TEXT_FILE)
+        with reading(self.path):
+            data = Path(self.path).read_bytes()
+        *lines, tail = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            row = self.checked(line, number)
+            self.rows[row["prompt"]] = row
+        # A killed run leaves half a row, perhaps not even its whole beginning.
+        if tail:
+            if not lines and not (tail.startswith(self.BEGIN) or self.BEGIN.startswith(tail)):
+                raise self.not_ours(1)
+            self.cut_at = len(data) - len(tail)
+
+    def checked(self, line, number):
+        """A row of the file; UserError if it is none, or not one of this run."""
         try:
             row = json.loads(line)
-            done[row["prompt"]] = dict(row, answer=str(row["answer"]))
-            other = row["model"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--jsonl {path}, line {number}: no answer of generate.py") from None
-        if other != model:
-            raise UserError(f"--jsonl {path} has answers of another model, {quoted(other)}: give "
-                            "another file")
-    return done
+            strings = [row[key] for key in ("prompt", "answer", "options_hash", "prompt_hash")]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self.not_ours(number) from None
+        if not all(isinstance(string, str) for string in strings):
+            raise self.not_ours(number)
+        for key in ("prompt_tokens", "new_tokens", "kept_bytes", "dense_bytes"):
+            check_number(f"--jsonl {self.path}, line {number}", key, row.get(key), 0, LARGEST,
+                         whole=True)
+        if row["options_hash"] != self.options_hash:
+            raise UserError(f"--jsonl {self.path} has answers of another model, of other options "
+                            "or, for --keep and a --budget share, of other prompts: give another "
+                            "file")
+        name = row["prompt"]
+        if name in self.prompt_hashes and row["prompt_hash"] != self.prompt_hashes[name]:
+            raise UserError(f"--jsonl {self.path} has an answer to {quoted(name)}, which had "
+                            "another text then: give another file")
+        return row
+
+    def not_ours(self, number):
+        return UserError(f"--jsonl {self.path}, line {number}: no answer of generate.py")
+
+    def add(self, row):
+        """Write the row of an answer at the file's end."""
+        hashes = dict(options_hash=self.options_hash,
+                      prompt_hash=self.prompt_hashes[row["prompt"]])
+        line = json.dumps({**hashes, **row}) + "\n"
+        try:
+            with open(self.path, "ab") as file:
+                if self.cut_at is not None:
+                    file.truncate(self.cut_at)
+                    self.cut_at = None
+                file.write(line.encode())
+        except OSError as e:
+            raise UserError(f"--jsonl {self.path} cannot be written: {reason(e)}") from None
+
+
+def options_hash(args, texts):
+    """A short hash of all that decides an answer besides its prompt."""
+    names = ["model", "dtype", "gates", "admit", "tau", "keep", "dense", "budget", "evict",
+             "select", "chat", "max_new_tokens", "temperature", "top_p", "seed"]
+    # What is evicted depends on the other sequences, and so does what a sampler draws.
+    if args.budget is not None or args.temperature >= COLDEST:
+        names += ["batch", "chunk"]
+    values = [getattr(args, name) for name in names]
+    # tau and budget are chosen for all prompts together if they are shares.
+    if args.keep is not None or isinstance(args.budget, float):
+        values.append(sorted(texts))
+    return short_hash(repr(values))
+
+
+def short_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def kept_page(pieces, held, evicted, window, tau, title, kept_share):
@@ -740,21 +961,36 @@ def packed_bits(mask):
 
     Head n of a token, counted layer by layer, is bit n % 8 of byte n // 8.
     """
-    by_token = mask.cpu().flatten(0, 1).T                               # (S, L * Hkv)
+    by_token = mask.cpu().flatten(0, 1).T                               # (S, L * Hkv) bool
+    # Fill up the last byte of each token with zeros: 10 heads take 2 bytes, 6 bits of them unused.
     unused_bits = -by_token.shape[1] % 8
     bits = F.pad(by_token, (0, unused_bits)).reshape(-1, 8)             # (S * bytes, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1)   # (S * bytes,)
+    # Bit n counts 2^n: the bits 1 0 1 0 0 0 0 0 become the byte 1 + 4 = 5.
+    weights = 2 ** torch.arange(8)
+    packed = (bits * weights).sum(dim=-1)                               # (S * bytes,)
     return base64.b64encode(bytes(packed.tolist())).decode()
 
 
 # ----------------------------------------------------------------------------------------- options
 
 COLDEST = 0.01          # lower temperatures are 0: dividing by almost nothing overflows
+LARGEST = 2**63 - 1     # of the numbers that a tensor holds
 
 
 def parse(argv):
     """The command line as a Namespace; UserError if it makes no sense."""
     parser = Parser(description=__doc__.partition("\n\nThe file is in")[0])
+    text_options(parser)
+    model_options(parser)
+    cache_options(parser)
+    decoding_options(parser)
+    output_options(parser)
+    args = parser.parse_args(argv)
+    refuse_clashes(args)
+    return args
+
+
+def text_options(parser):
     group = parser.add_argument_group("text")
     group.add_argument("--prompt", nargs="+", metavar="FILE",
                        help="texts to read, - is standard input (default: tiny/example.txt)")
@@ -764,7 +1000,9 @@ def parse(argv):
                        help="put the prompt into the model's chat template")
     group.add_argument("--interactive", action="store_true",
                        help="then each line you type is a further turn")
-    model_options(parser)
+
+
+def cache_options(parser):
     group = parser.add_argument_group("cache")
     group.add_argument("--gates", metavar="FILE", help="a gate file, or an official .pt (default: "
                        "gates.safetensors in the model's folder, else one of gates/ that fits)")
@@ -793,6 +1031,9 @@ def parse(argv):
     group.add_argument("--load-cache", metavar="FILE",
                        help="begin with a cache that --save-cache has written; the prompt goes on "
                        "from there")
+
+
+def decoding_options(parser):
     group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=whole(0), default=128, metavar="N",
                        help="stop after so many tokens (default: 128; 0 only reads the prompt, for "
@@ -803,6 +1044,9 @@ def parse(argv):
     group.add_argument("--top-p", type=real(0.001, 1), default=1.0, metavar="P",
                        help="sample only from the likeliest tokens of this total probability "
                        "(default: 1, from all)")
+
+
+def output_options(parser):
     group = parser.add_argument_group("output")
     group.add_argument("--show-kept", metavar="FILE.html",
                        help="write a page that shows which tokens were kept, and which evicted")
@@ -811,16 +1055,17 @@ def parse(argv):
                        "has already are not answered again")
     group.add_argument("--json", action="store_true",
                        help="end with the figures as one line of JSON on stderr")
-    args = parser.parse_args(argv)
-    refuse_clashes(args)
-    return args
 
 
 def admission_rule(text):
     """The type of --admit: "gates", or the share of tokens to admit."""
     if text == "gates":
         return text
-    return real(0, 1)({"all": "1", "none": "0"}.get(text, text))
+    if text == "all":
+        return 1.0
+    if text == "none":
+        return 0.0
+    return real(0, 1)(text)
 
 
 def keep_share(text):
@@ -830,7 +1075,9 @@ def keep_share(text):
     return real(0, 1)(text)
 
 
-SIZE = re.compile(r"(\d+(?:\.\d*)?) ?(?:([KMGT]i?)?B?|(%))", re.IGNORECASE)
+SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]*)?) ?(?P<unit>%|([KMGT]I?)?B?)", re.IGNORECASE)
+BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+         "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def size_or_share(text):
@@ -839,11 +1086,13 @@ def size_or_share(text):
     if not match:
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} is no size like 256MiB and no share like 10%")
-    number, unit, percent = float(match[1]), (match[2] or "").upper(), match[3]
-    if percent:
+    number = float(match["number"])         # 400 digits are infinity
+    unit = match["unit"].upper()
+    if number > LARGEST:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is more than any memory")
+    if unit == "%":
         return number / 100
-    base = 1024 if unit.endswith("I") else 1000
-    return int(number * base ** " KMGT".index(unit[:1] or " "))
+    return min(int(number * BYTES[unit.removesuffix("B")]), LARGEST)
 
 
 def refuse_clashes(args):
@@ -852,41 +1101,84 @@ def refuse_clashes(args):
     own_admission = (args.gates is not None or args.admit != "gates" or args.tau is not None
                      or args.keep is not None)
     other_primitives = args.budget is not None or args.select is not None
+
+    # What there can be only one of.
     single = args.interactive or args.show_kept is not None
     if single and (several or args.jsonl is not None):
         raise UserError("--interactive and --show-kept go with one prompt, not with several and "
                         "not with --jsonl")
+    saved = args.save_cache is not None or args.load_cache is not None
+    if saved and (several or args.jsonl is not None):
+        raise UserError("--save-cache and --load-cache go with one prompt, not with several")
+
+    # Who decides what is kept.
     if args.dense and (own_admission or other_primitives or args.show_kept is not None):
         raise UserError("--dense keeps everything: --gates, --admit, --tau, --keep, --budget, "
                         "--select and --show-kept do not go with it")
     if args.keep is not None and (args.tau is not None or args.admit != "gates"):
         raise UserError("--keep chooses a tau for gates: --tau and --admit do not go with it")
-    if args.keep is not None and args.load_cache is not None:
-        raise UserError("--keep chooses tau for a new text: with --load-cache it is the one that "
-                        "the cache was saved with")
+    if args.evict != "gate" and args.budget is None:
+        raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
     if args.interactive and isinstance(args.budget, float):
         raise UserError("--budget as a share needs to know how long the text will be, and with "
                         "--interactive nobody does: give it in bytes, like 256MiB")
-    if args.evict != "gate" and args.budget is None:
-        raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
+
+    # A loaded cache has its tau and its tokens already.
+    if args.load_cache is not None:
+        if args.keep is not None:
+            raise UserError("--keep chooses tau for a new text: with --load-cache it is the one "
+                            "that the cache was saved with")
+        if args.show_kept is not None:
+            raise UserError("--show-kept shows a text from its beginning: it does not go with "
+                            "--load-cache")
+        if isinstance(args.budget, float):
+            raise UserError("--budget as a share is one of the prompt: with --load-cache give it "
+                            "in bytes, like 256MiB")
+        if args.prompt is None and not args.interactive:
+            raise UserError("--load-cache needs a --prompt, or --interactive")
+
+    # How to decode.
     if args.top_p < 1 and args.temperature < COLDEST:
         raise UserError(f"--top-p is for sampling: it needs a --temperature of at least {COLDEST}")
-    saved = args.save_cache is not None or args.load_cache is not None
-    if saved and (several or args.jsonl is not None):
-        raise UserError("--save-cache and --load-cache go with one prompt, not with several")
-    if args.load_cache is not None and args.show_kept is not None:
-        raise UserError("--show-kept shows a text from its beginning: it does not go with "
-                        "--load-cache")
-    if args.load_cache is not None and isinstance(args.budget, float):
-        raise UserError("--budget as a share is one of the prompt: with --load-cache give it in "
-                        "bytes, like 256MiB")
-    if args.load_cache is not None and args.prompt is None and not args.interactive:
-        raise UserError("--load-cache needs a --prompt, or --interactive")
     if args.max_new_tokens == 0 and (args.save_cache is None or args.chat):
         raise UserError("--max-new-tokens 0 is for --save-cache without --chat")
-    for path in (args.show_kept, args.jsonl, args.save_cache):
+
+    refuse_files(args)
+
+
+def refuse_files(args):
+    """UserError for files that cannot be written, or must not be."""
+    for path in (args.show_kept, args.save_cache):
         if path is not None:
             check_writable(path)
+    if args.jsonl is not None:
+        check_appendable(args.jsonl)
+        # An answer is found again by the name of its prompt.
+        names = set()
+        for name in args.prompt or []:
+            if name in names:
+                raise UserError(f"--jsonl knows prompts by their names, and {quoted(name)} is "
+                                "given twice")
+            names.add(name)
+            if name == "-" or os.path.exists(name) and not os.path.isfile(name):
+                raise UserError(f"--jsonl knows prompts by their names: {quoted(name)} is no "
+                                "regular file, which has the same text in the next run")
+
+    # No output may replace an input, or another output. (A cache may be saved to where it was
+    # loaded from: that goes on in one file.)
+    taken = [name for name in args.prompt or [] if name != "-"]
+    if args.gates is not None:
+        taken.append(args.gates)
+    for option, path in (("--jsonl", args.jsonl), ("--show-kept", args.show_kept),
+                         ("--save-cache", args.save_cache)):
+        if path is None:
+            continue
+        for other in taken:
+            with reading(other):
+                same = os.path.realpath(path) == os.path.realpath(other)
+            if same:
+                raise UserError(f"{option} {path} would overwrite {other}: give another file")
+        taken.append(path)
 
 
 def load_model(args, split=False):
@@ -895,8 +1187,8 @@ def load_model(args, split=False):
     split: of several processes that torchrun started, each has its part of the heads.
     """
     device = pick_device(args.device)
-    share = rank_and_processes() if split else (0, 1)
-    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype), *share)
+    rank, processes = rank_and_processes() if split else (0, 1)
+    return Llama.from_pretrained(args.model, device, DTYPES.get(args.dtype), rank, processes)
 
 
 def make_admission(args, model):
@@ -944,19 +1236,20 @@ def own_or_bundled_gates(args, model):
     return file
 
 
+def all_page_bytes(kv, tokens):
+    """The pages of a text of so many tokens, if all that leave the window were promoted."""
+    return kv.L * kv.Hkv * pages_for(max(0, tokens - kv.window)) * kv.page_bytes()
+
+
 def tau_for(share, gates, kv, lengths):
     """The tau at which texts of these lengths keep about this share of a dense cache's bytes.
 
     kv: an empty cache of one sequence, which says what pages cost. One tau is for all texts
     together: the share is that of their sum. UserError for less than what their windows take.
     """
-    def page_bytes(tokens):
-        """Of all promoted tokens, if every token were promoted."""
-        return kv.L * kv.Hkv * pages_for(max(0, tokens - kv.window)) * kv.page_bytes()
-
     def kept(tau):
-        return len(lengths) * kv.fixed_bytes() + sum(
-            page_bytes(n) * page_share(gates.quantiles, tau, n) for n in lengths)
+        pages = sum(all_page_bytes(kv, n) * page_share(gates.quantiles, tau, n) for n in lengths)
+        return len(lengths) * kv.fixed_bytes() + pages
 
     dense = 2 * kv.L * kv.Hkv * kv.D * kv.dtype.itemsize * sum(lengths)
     least = len(lengths) * kv.fixed_bytes() / dense
@@ -965,13 +1258,15 @@ def tau_for(share, gates, kv, lengths):
         windows = "the window takes" if len(lengths) == 1 else "the windows take"
         raise UserError(f"--keep {share:.1%} of a dense cache of {sum(lengths):,} tokens is too "
                         f"little: without any promoted token {windows} {percent:.1f}%")
-    shortest, longest = min(gates.quantiles), max(gates.quantiles)
+    shortest = min(gates.quantiles)
+    longest = max(gates.quantiles)
     if min(lengths) < shortest or max(lengths) > longest:
         say(f"warning: the gates' quantiles are of texts from {shortest:,} to {longest:,} tokens; "
             f"at {max(lengths):,} another share than {share:.1%} may be kept")
 
     # What is kept falls as tau rises, so we halve an interval, of log tau.
-    low, high = math.log(1e-30), 0.0
+    low = math.log(1e-30)
+    high = 0.0
     for _ in range(60):
         middle = (low + high) / 2
         if kept(math.exp(middle)) > share * dense:
@@ -1004,8 +1299,8 @@ def run(args):
     except KeyboardInterrupt:
         say("\ninterrupted")
         status = 130
-    except BrokenPipeError:         # `| head`: the reader has what it wanted
-        drop_stdout()
+    except BrokenPipeError:         # `put` has dropped stdout: the reader has what it wanted
+        pass
     session.report()
     return status
 
@@ -1013,7 +1308,7 @@ def run(args):
 def refuse_several_processes(args):
     """UserError for options that only one process can do."""
     for name in ("interactive", "show_kept", "save_cache", "load_cache"):
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')} goes with one process, not with several")
     if "-" in (args.prompt or []):
         raise UserError("--prompt - goes with one process: several cannot share standard input")

@@ -5,7 +5,7 @@
     rotate_and_write                decode: the new token into its row
     prefill_attention               many new tokens over pages and band (stripes and slash), exact
     plan_decode, decode_attention   one new token a sequence over ragged rows of pages
-    bound_pages, select_pages       selection: which pages a step of decode attends to
+    update_key_ranges, select_pages       selection: which pages a step of decode attends to
     query_attention, compact        eviction: SnapKV's score, and moving together what is left
     add_norm, silu_product          other parts of a layer that are worth fusing
     soft_attention                  the student's attention in training, with its gradients
@@ -94,13 +94,17 @@ def rotate_kernel(q, k, cos, sin, q_out, k_out, T, Hq, Hkv, cos_b, q_b, q_h, q_t
 
 @triton.jit
 def rotate_head(x, x_t, cos, sin, angle_offset, out, t, d, T, D: tl.constexpr):
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of a head."""
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of a head.
+
+    x and out point to the head's token 0; x_t is x's stride from token to token (out's is D). t
+    (BT): tokens; d (HALF): channels of the first half. cos and sin (T, D) begin at angle_offset.
+    """
     t = t.to(tl.int64)
     valid = (t < T)[:, None] & (d < D // 2)[None, :]
     x += t[:, None] * x_t + d[None, :]
-    angle_offset += t[:, None] * D + d[None, :]
-    c = tl.load(cos + angle_offset, valid, 0.)
-    s = tl.load(sin + angle_offset, valid, 0.)
+    angle = angle_offset + t[:, None] * D + d[None, :]              # (BT, HALF)
+    c = tl.load(cos + angle, valid, 0.)
+    s = tl.load(sin + angle, valid, 0.)
     x1 = tl.load(x, valid, 0.).to(tl.float32)
     x2 = tl.load(x + D // 2, valid, 0.).to(tl.float32)
     out += t[:, None] * D + d[None, :]
@@ -135,7 +139,7 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     One program: BN of the N = B T tokens, one head, and one of SPLITS parts of the hidden units.
     Few tokens would make few programs: 32 for one token of a model of 8 layers with 4 heads, on a
     GPU of 132 multiprocessors. So the hidden units are split over programs too. The last to arrive
-    adds the parts, in their order, so that the same call always gives the same gates.
+    adds the parts in a fixed order, so that the same call always gives the same gates.
 
     w1 (H, HIDDEN, 2 D), b1, w2 (H, HIDDEN), b2 (H): the H heads of one layer, or of all, one layer
     after the other. The norms pre and post have D numbers for every layer_heads heads. All in
@@ -150,24 +154,22 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
     t = (n % T).to(tl.int64)
     valid = (n < N)[:, None] & (d < D)[None, :]
 
-    # Both normalised keys, (BN, DP).
+    # The two halves of x, each (BN, DP). A layer's heads share its norms.
     k += b[:, None] * k_b + h * k_h + t[:, None] * k_t + d[None, :]
     k_rot += b[:, None] * r_b + h * r_h + t[:, None] * r_t + d[None, :]
-    x = tl.load(k, valid, 0.).to(tl.float32)
-    y = tl.load(k_rot, valid, 0.).to(tl.float32)
-    pre += h // layer_heads * D + d
-    post += h // layer_heads * D + d
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / D + 1e-6)[:, None] * tl.load(pre, d < D, 0.)[None, :]
-    y = y * tl.rsqrt(tl.sum(y * y, 1) / D + 1e-6)[:, None] * tl.load(post, d < D, 0.)[None, :]
+    norm = h // layer_heads * D + d
+    x_pre = rms_norm(tl.load(k, valid, 0.), tl.load(pre + norm, d < D, 0.), D)
+    x_post = rms_norm(tl.load(k_rot, valid, 0.), tl.load(post + norm, d < D, 0.), D)
 
-    # BH hidden units at a time: their rows of W1 have 2 D columns, D for each key.
+    # BH hidden units at a time: their rows of W1 have 2 D columns, D for each half. The tile of W1
+    # is (BH, DP), that of the hidden units, a, is (BN, BH).
     logit = tl.zeros([BN], tl.float32)
     for start in range(split * BH, HIDDEN, SPLITS * BH):
         e = start + tl.arange(0, BH)
         offsets = (h * HIDDEN + e)[:, None] * (2 * D) + d[None, :]
         here = (e < HIDDEN)[:, None] & (d < D)[None, :]
-        a = tl.dot(x, tl.load(w1 + offsets, here, 0.).T, input_precision=PRECISION)
-        a = tl.dot(y, tl.load(w1 + offsets + D, here, 0.).T, a, input_precision=PRECISION)
+        a = tl.dot(x_pre, tl.load(w1 + offsets, here, 0.).T, input_precision=PRECISION)
+        a = tl.dot(x_post, tl.load(w1 + offsets + D, here, 0.).T, a, input_precision=PRECISION)
         a += tl.load(b1 + h * HIDDEN + e, e < HIDDEN, 0.)[None, :]
         a = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))                  # exact GELU
         logit += tl.sum(a * tl.load(w2 + h * HIDDEN + e, e < HIDDEN, 0.)[None, :], 1)
@@ -189,6 +191,13 @@ def gate_kernel(k, k_rot, pre, post, w1, b1, w2, b2, partial, arrivals, out, N, 
         tl.store(out + (b * H + h) * T + t, g, n < N)
 
 
+@triton.jit
+def rms_norm(x, weight, D: tl.constexpr):
+    """x (BN, DP), zero from D on, over its root mean square, times weight (DP): fp32."""
+    x = x.to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, 1) / D + 1e-6)[:, None] * weight[None, :]
+
+
 def gate(parameters, k, k_rotated):
     """k, k_rotated (B, H, T, D), D contiguous -> g (B, H, T) fp32. Twin: wgkv.gate.
 
@@ -201,12 +210,14 @@ def gate(parameters, k, k_rotated):
     BN = 64 if D <= 128 else 32
     if N <= 16:
         BN = 16
-    BH = 32
+    BH = 32 if D <= 128 else 16     # two tiles of W1, in two stages: at most 64 KB
     blocks = triton.cdiv(N, BN)
     splits = 1
-    if N <= 64:             # towards 1024 programs, if there are hidden units enough
-        splits = min(triton.next_power_of_2(triton.cdiv(hidden, BH)), 16,
-                     triton.next_power_of_2(triton.cdiv(1024, blocks * H)))
+    if N <= 64:
+        # Few tokens: split the hidden units until there are about 1024 programs (8 for each
+        # multiprocessor), into 16 parts at most, and at least BH units a part.
+        wanted = triton.next_power_of_2(triton.cdiv(1024, blocks * H))
+        splits = min(wanted, 16, triton.next_power_of_2(triton.cdiv(hidden, BH)))
     out = torch.empty(B, H, T, device=k.device, dtype=torch.float32)
     partial = out.new_empty(blocks * H * splits * BN if splits > 1 else 1)
     gate_kernel[(blocks, H, splits)](
@@ -230,6 +241,8 @@ def arrival_counters(device, n):
     """
     assert n <= 65536, f"{n} arrival counters wanted: make them larger"
     if device not in ARRIVALS:
+        # While a graph is captured the zeros would be recorded, and not be there now.
+        assert not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         ARRIVALS[device] = torch.zeros(65536, device=device, dtype=torch.int32)
     return ARRIVALS[device]
 
@@ -242,7 +255,8 @@ def take_pages(free, num_free, table, have, need):
 
     The atomic takes need - have off the stack's height and returns what it was before. So this
     row has a part of the stack for itself: with 9 free and 2 wanted it gets the entries 8 and 7,
-    and the next row, whichever that is, begins at 6.
+    and the next row, whichever that is, begins at 6. Callers have seen to it that enough are free
+    (DualCache.make_room).
     """
     height = tl.atomic_add(num_free, have - need)
     for start in range(have, need, 32):
@@ -320,9 +334,10 @@ def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, ban
 def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts, free, num_free,
                            num_tokens, num_new, tau, low, high, slots, W, R, columns, Hkv, table_l,
                            counts_l, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
-                           BOUNDS: tl.constexpr):
-    """One program: one row of one layer. Its oldest token leaves the ring: to the pages, or gone.
-    Its slot goes to slots (L, B Hkv).
+                           KEY_RANGES: tl.constexpr):
+    """One program: one row of one layer. The new token at `position` will take the ring's place of
+    the token at position - W. That one is promoted now, if its gate reached tau; else it is gone.
+    slots (L, B, Hkv): the slot of the pool that the two share.
 
     Grid (B Hkv, L). page_table (L, B, Hkv, M) and counts (L, B, Hkv) may be views of some
     sequences: table_l and counts_l are their strides from layer to layer. tau is read from
@@ -333,7 +348,7 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
     b = row // Hkv
     page_table += layer * table_l + row * columns
     counts += layer * counts_l + row
-    # Of the new token, which takes the old one's place: with W = 100, 612 that of 512, place 12.
+    # With W = 100, token 612 will take place 12, where token 512 is now.
     position = tl.load(num_tokens + b)
     place = position % W
     source = tl.load(page_table + place // P).to(tl.int64) * P + place % P
@@ -351,11 +366,12 @@ def promote_leaving_kernel(page_k, page_v, page_g, page_pos, page_table, counts,
             tl.store(page_v + target * D + d, tl.load(page_v + source * D + d, d < D, 0.), d < D)
             tl.store(page_g + target, g)
             tl.store(page_pos + target, (position - W).to(tl.int32))
+            tl.debug_barrier()                      # all threads have read `counts`
             tl.store(counts, n + 1)
-            if BOUNDS:
+            if KEY_RANGES:
                 if n % P == P - 1:              # this token fills its page
                     tl.debug_barrier()          # all threads see its key
-                    bound_page(page_k, low, high, target // P, D, DP, P)
+                    key_range(page_k, low, high, target // P, D, DP, P)
 
 
 def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
@@ -373,7 +389,7 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
         pool.k, pool.v, pool.g, pool.pos, page_table, counts, pool.free, pool.num_free, num_tokens,
         num_new, tau, pool.low if bounds else pool.k, pool.high if bounds else pool.k, slots,
         window, triton.cdiv(window, P), page_table.stride(2), Hkv, page_table.stride(0),
-        counts.stride(0), D=D, DP=triton.next_power_of_2(D), P=P, BOUNDS=bounds, num_warps=1)
+        counts.stride(0), D=D, DP=triton.next_power_of_2(D), P=P, KEY_RANGES=bounds, num_warps=1)
     return slots
 
 
@@ -389,22 +405,23 @@ def rotate_and_write_kernel(q, k, v, cos, sin, q_out, page_k, page_v, page_pos, 
     """
     b = (tl.program_id(0) // (Hq + Hkv)).to(tl.int64)
     h = (tl.program_id(0) % (Hq + Hkv)).to(tl.int64)
-    t = tl.zeros([1], tl.int32)
+    t = tl.zeros([1], tl.int32)                 # rotate_head takes tiles of tokens: this is one
     half = tl.arange(0, HALF)
     if h < Hq:
         q_out += (b * Hq + h) * D
         rotate_head(q + b * q_b + h * q_h, D, cos, sin, b * cos_b, q_out, t, half, 1, D)
     elif tl.load(num_new + b) > 0:              # a sequence that has ended writes nothing
-        h -= Hq
-        row = b * Hkv + h
+        kv_head = h - Hq
+        row = b * Hkv + kv_head
         position = tl.load(num_tokens + b)
         place = position % ring_size
         target = tl.load(page_table + row * columns + place // P).to(tl.int64) * P + place % P
-        page_k += target * D
-        rotate_head(k + b * k_b + h * k_h, D, cos, sin, b * cos_b, page_k, t, half, 1, D)
+        rotate_head(k + b * k_b + kv_head * k_h, D, cos, sin, b * cos_b, page_k + target * D, t,
+                    half, 1, D)
         d = tl.arange(0, DP)
-        tl.store(page_v + target * D + d, tl.load(v + b * v_b + h * v_h + d, d < D, 0.), d < D)
-        if GATED:
+        new_v = tl.load(v + b * v_b + kv_head * v_h + d, d < D, 0.)
+        tl.store(page_v + target * D + d, new_v, d < D)
+        if GATED:                               # a dense cache stores no positions
             tl.store(page_pos + target, position.to(tl.int32))
 
 
@@ -415,7 +432,7 @@ def rotate_and_write(q, k, v, cos, sin, page_k, page_v, page_table, num_tokens, 
     q (B, Hq, 1, D), k, v (B, Hkv, 1, D), D contiguous; cos, sin (B or 1, 1, 1, D) fp32; page_table
     (B, Hkv, M) int32; num_tokens, num_new (B) int64. With a window the place is position mod
     window, and positions go to page_pos; without one (a dense cache) it is the position itself.
-    Returns the rotated q. Twin: the PyTorch branch of wgkv.DualCache.decode.
+    Returns the rotated q. Twin: wgkv.DualCache.write_new_token.
     """
     B, Hq, _, D = q.shape
     Hkv = k.shape[1]
@@ -579,29 +596,29 @@ def stages(DP, dtype):
 #     program    0       | 1       | 2       | 3              first_tile   0 3 0 3 (in that row)
 #
 # Row 0 has partials from programs 0 and 1, row 1 is written by program 1 alone, row 2 has
-# partials from 2 and 3. A partial's slot is program + row (0, 1 and 4, 5): from one partial to
-# the next neither goes down and one of them goes up, so no two share a slot, and programs + rows
-# slots suffice.
+# partials from 2 and 3. A partial's number is program + row (0, 1 and 4, 5). Along the list of
+# partials neither program nor row goes down, and one of them goes up: so all numbers differ, and
+# they are at most programs + rows - 2.
 
 class DecodePlan(NamedTuple):
     """How a step's attention is divided among programs, for all layers; see plan_decode."""
     counts: torch.Tensor            # (L, B, Hkv) int64: tokens after the ring
     num_tokens: torch.Tensor        # (B) int64, before this step
-    num_new: torch.Tensor           # (B) int64: 1, or 0 for a sequence that rests
+    num_new: torch.Tensor           # (B) int64: 1, or 0 for a sequence without a new token
     ring_pages: int
     window: int
     tile_starts: torch.Tensor       # (L, rows + 1) int32: the tiles before each row, then all
-    first_row: torch.Tensor         # (L, programs) int32: the row where a program's share begins,
-    first_tile: torch.Tensor        # (L, programs) int32: and with which tile of it
+    first_row: torch.Tensor         # (L, programs) int32: the row where a program's share begins
+    first_tile: torch.Tensor        # (L, programs) int32: the tile of that row where it begins
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
                 PROGRAMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
                 STEPS: tl.constexpr, P: tl.constexpr):
-    """One program: one layer; its lane p works for decode's program p.
+    """One program: one layer. Element p of its tiles (LANES) belongs to decode's program p.
 
-    LANES >= PROGRAMS, ROWS >= rows, STEPS = log2 ROWS.
+    LANES >= PROGRAMS and ROWS >= rows are powers of two, STEPS = log2 ROWS.
     """
     layer = tl.program_id(0)
     counts += layer.to(tl.int64) * counts_l
@@ -614,18 +631,19 @@ def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
     tl.store(tile_starts + 1 + r, tl.cumsum(tiles, 0), r < rows)
     tl.debug_barrier()                                      # all of tile_starts can be read now
 
-    # Program p begins at tile total * p // programs. Each lane finds the row of one program's first
-    # tile, the last row whose first tile is not after it, by binary search.
-    lane = tl.arange(0, LANES)
-    tile = total * lane // tl.minimum(PROGRAMS, total)
+    # Program p begins at tile total * p // programs. (With fewer tiles than programs the last ones
+    # get none, and what is stored for them is not used.) Its row is the last one whose first tile
+    # is not after that: a binary search, for all p at once.
+    p = tl.arange(0, LANES)
+    tile = total * p // tl.minimum(PROGRAMS, total)
     row = tl.zeros([LANES], tl.int32)
     for step in tl.static_range(STEPS):
         later = row + (ROWS >> (step + 1))
         start = tl.load(tile_starts + later, later < rows, 2**31 - 1)
         row = tl.where(start <= tile, later, row)
-    tile -= tl.load(tile_starts + row)
-    tl.store(first_row + layer * PROGRAMS + lane, row, lane < PROGRAMS)
-    tl.store(first_tile + layer * PROGRAMS + lane, tile.to(tl.int32), lane < PROGRAMS)
+    tile_of_row = (tile - tl.load(tile_starts + row)).to(tl.int32)
+    tl.store(first_row + layer * PROGRAMS + p, row, p < PROGRAMS)
+    tl.store(first_tile + layer * PROGRAMS + p, tile_of_row, p < PROGRAMS)
 
 
 def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, programs=None):
@@ -666,7 +684,10 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     queries that share a KV head are multiplied together, padded to GP, at least 16.
 
     q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). In the ring the first
-    min(tokens, W) places hold tokens, after it the first `count`; the rest is masked.
+    min(tokens, W) places hold tokens, after it the first `count`; the rest is masked. tile_starts,
+    first_row, first_tile: this layer's part of the plan. partial_o (programs + rows, GM, DP),
+    partial_m, partial_l (programs + rows, GM): partial results; GM is G padded to a power of two.
+    arrivals (rows): zeros.
     """
     pid = tl.program_id(0)
     total = tl.load(tile_starts + rows).to(tl.int64)
@@ -682,13 +703,14 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     offsets = slot[:, None] * D + d[None, :]                # of a page's K or V, (P, DP)
 
     while tile < end:
-        # This program's part of one row: the row's tiles first .. last - 1. All these loads can
-        # be in flight together; only K and V have to wait for one of them, the page.
+        # This program's part of one row: from its tile `first` to before its tile `last`. `tile`
+        # and `end` count through the layer, where this row has the tiles row_start to row_end. The
+        # loads do not depend on one another, so together they take the time of one.
         table = page_table + row.to(tl.int64) * columns
         page = tl.load(table + first)
-        start = tl.load(tile_starts + row)
-        stop = tl.load(tile_starts + row + 1)
-        last = tl.minimum(end, stop) - start
+        row_start = tl.load(tile_starts + row)
+        row_end = tl.load(tile_starts + row + 1)
+        last = tl.minimum(end, row_end) - row_start
         count = tl.load(counts + row).to(tl.int32)
         tokens = tl.load(num_tokens + row // Hkv) + tl.load(num_new + row // Hkv)
         in_ring = tl.minimum(tokens, W).to(tl.int32)
@@ -698,8 +720,8 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
         l = tl.zeros([GP], tl.float32)
         o = tl.zeros([GP, DP], tl.float32)
         for i in range(first, last):
-            held = tl.where(i < R, in_ring, R * P + count)  # places below this hold a token
-            visible = i * P + slot < held
+            limit = tl.where(i < R, in_ring, R * P + count)     # places below it hold a token
+            visible = i * P + slot < limit
             here = visible[:, None] & (d < D)[None, :]
             # multiple_of tells the compiler that it may load 16 bytes at a time.
             at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)
@@ -713,8 +735,9 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
         # Which programs share this row? Program p's share begins at tile total * p // programs.
         # Solved for p, tile u belongs to program ((u + 1) * programs - 1) // total: with 12 tiles
         # and 4 programs, tile 5 to (6 * 4 - 1) // 12 = 1.
-        first_program = (((start + 1) * programs - 1) // total).to(tl.int32)
-        num_splits = ((stop * programs - 1) // total).to(tl.int32) - first_program + 1
+        first_program = (((row_start + 1) * programs - 1) // total).to(tl.int32)
+        last_program = ((row_end * programs - 1) // total).to(tl.int32)
+        num_splits = last_program - first_program + 1
         if num_splits == 1:
             tl.store(out + q_offsets, (o / l[:, None]).to(out.dtype.element_ty), q_mask)
         else:
@@ -727,7 +750,7 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
                 combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits, G,
                         GM, D, DP, COMBINE)
                 tl.store(arrivals + row, 0)                 # as the next launch expects it
-        tile = start + last
+        tile = row_start + last
         row += 1
         first = 0
 
@@ -737,9 +760,10 @@ def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits
             GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COMBINE: tl.constexpr):
     """A row's output from its partials: first the largest m, and then everything is a plain sum.
 
-    Each read waits for the L2 cache or DRAM, so COMBINE of them are in flight at a time. They
-    bypass the L1 cache (.cg), which may hold what these addresses had before other programs wrote
-    to them.
+    Each read waits for the L2 cache or DRAM, so COMBINE partials are one load, a tile of (COMBINE,
+    GM, DP). (In a loop over single partials the compiler puts a barrier after each, and so a wait
+    for memory: 17 of them where 132 programs serve 8 rows.) Reads bypass the L1 cache (.cg), which
+    may hold what these addresses had before other programs wrote to them.
     """
     i = tl.arange(0, 64)
     g = tl.arange(0, GM)
@@ -752,16 +776,17 @@ def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits
         m = tl.maximum(m, tl.max(part_m, 0))
     l = tl.zeros([GM], tl.float32)
     o = tl.zeros([GM, DP], tl.float32)
+    n = tl.arange(0, COMBINE)
     for start in range(0, num_splits, COMBINE):
-        for n in tl.static_range(COMBINE):
-            partial = (first_program + start + n + row).to(tl.int64) * GM + g
-            here = (start + n < num_splits) & (g < G)
-            part_m = tl.load(partial_m + partial, here, MASKED, cache_modifier=".cg")
-            weight = tl.exp2(part_m - m)
-            l += tl.load(partial_l + partial, here, 0., cache_modifier=".cg") * weight
-            part_o = tl.load(partial_o + partial[:, None] * DP + d[None, :], here[:, None], 0.,
-                             cache_modifier=".cg")
-            o += part_o * weight[:, None]
+        partial = (first_program + start + n + row).to(tl.int64)[:, None] * GM + g[None, :]
+        here = (start + n < num_splits)[:, None] & (g < G)[None, :]                 # (COMBINE, GM)
+        part_o = tl.load(partial_o + partial[:, :, None] * DP + d[None, None, :],
+                         here[:, :, None], 0., cache_modifier=".cg")                # (.., .., DP)
+        part_m = tl.load(partial_m + partial, here, MASKED, cache_modifier=".cg")
+        part_l = tl.load(partial_l + partial, here, 0., cache_modifier=".cg")
+        weight = tl.exp2(part_m - m[None, :])
+        l += tl.sum(part_l * weight, 0)
+        o += tl.sum(part_o * weight[:, :, None], 0)
     y = (o / l[:, None]).to(out.dtype.element_ty)
     offsets = (row * G + g).to(tl.int64)[:, None] * D + d[None, :]
     tl.store(out + offsets, y, (g < G)[:, None] & (d < D)[None, :])
@@ -785,7 +810,7 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
     partial_m = torch.empty(programs + rows, GM, device=q.device, dtype=torch.float32)
     partial_l = torch.empty_like(partial_m)
     out = torch.empty_like(q)
-    # Reads in flight while combining: 16384 numbers, 64 KB, are what 128 threads can hold.
+    # Partials that are combined at a time: 16384 numbers, 64 KB, are what 128 threads can hold.
     combine_at_once = max(1, min(32, 16384 // (GM * DP)))
     decode_kernel[(programs,)](
         q, page_k, page_v, page_table, plan.counts[layer], plan.num_tokens, plan.num_new,
@@ -804,14 +829,14 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
 # equal, and never too low.
 
 @triton.jit
-def bound_page(page_k, low, high, page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+def key_range(page_k, low, high, page, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
     """The channelwise smallest and largest key of a full page, 16 keys at a time."""
     d = tl.arange(0, DP)
     smallest = tl.full([DP], float("inf"), tl.float32)
     largest = tl.full([DP], -float("inf"), tl.float32)
     for start in range(0, P, 16):
-        slot = page.to(tl.int64) * P + start + tl.arange(0, 16)
-        K = tl.load(page_k + slot[:, None] * D + d[None, :], (d < D)[None, :], 0.).to(tl.float32)
+        token = page.to(tl.int64) * P + start + tl.arange(0, 16)
+        K = tl.load(page_k + token[:, None] * D + d[None, :], (d < D)[None, :], 0.).to(tl.float32)
         smallest = tl.minimum(smallest, tl.min(K, 0))
         largest = tl.maximum(largest, tl.max(K, 0))
     tl.store(low + page.to(tl.int64) * D + d, smallest.to(low.dtype.element_ty), d < D)
@@ -819,8 +844,8 @@ def bound_page(page_k, low, high, page, D: tl.constexpr, DP: tl.constexpr, P: tl
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def bound_pages_kernel(page_k, low, high, page_table, before, after, columns, R,
-                       D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
+def key_ranges_kernel(page_k, low, high, page_table, before, after, columns, R,
+                      D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
     """One program: one page that became full as its row went from `before` to `after` tokens.
 
     Grid (rows, columns - R). Most programs find no new full page, and stop.
@@ -829,18 +854,18 @@ def bound_pages_kernel(page_k, low, high, page_table, before, after, columns, R,
     column = tl.load(before + row) // P + tl.program_id(1)
     if column < tl.load(after + row) // P:
         page = tl.load(page_table + row * columns + R + column)
-        bound_page(page_k, low, high, page, D, DP, P)
+        key_range(page_k, low, high, page, D, DP, P)
 
 
-def bound_pages(pool, page_table, before, after, R):
-    """Compute the bounds of pages that have become full. Twin: wgkv.DualCache.bound_pages.
+def update_key_ranges(pool, page_table, before, after, R):
+    """Store the key ranges of pages that have become full. Twin: wgkv.DualCache.update_key_ranges.
 
     page_table (..., M) int32; before, after (...) int64: tokens of each row, all contiguous.
     """
     _, P, D = pool.k.shape
     columns = page_table.shape[-1]
     if columns > R:
-        bound_pages_kernel[(after.numel(), columns - R)](
+        key_ranges_kernel[(after.numel(), columns - R)](
             pool.k, pool.low, pool.high, page_table, before, after, columns, R, D=D,
             DP=triton.next_power_of_2(D), P=P, num_warps=1)
 
@@ -848,9 +873,9 @@ def bound_pages(pool, page_table, before, after, R):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def page_bounds_kernel(q, low, high, page_table, counts, bounds, columns, R, G: tl.constexpr,
                        D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, P: tl.constexpr):
-    """The largest bound of the G queries of a row for its full pages. One program: BC of a row's.
+    """The largest bound of the G queries of a row, for each of its full pages.
 
-    bounds (rows, columns - R) fp32.
+    One program: BC pages of a row. bounds (rows, columns - R) fp32.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -1081,6 +1106,7 @@ def silu_product_kernel(x, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + token * 2 * n + i, i < n, 0.).to(tl.float32)
     b = tl.load(x + token * 2 * n + n + i, i < n, 0.)
+    # Rounded before the product, as the twin does: both give the same bits.
     tl.store(out + token * n + i, (a / (1 + tl.exp(-a))).to(b.dtype) * b, i < n)
 
 
@@ -1098,7 +1124,7 @@ def add_norm_kernel(x, y, weight, out, n, eps, ADD: tl.constexpr, BLOCK: tl.cons
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     s = tl.load(x + token * n + i, i < n, 0.)
-    if ADD:
+    if ADD:                 # in x's dtype, as the twin adds: the residual stream has the same bits
         s += tl.load(y + token * n + i, i < n, 0.)
         tl.store(x + token * n + i, s, i < n)
     s = s.to(tl.float32)
@@ -1188,23 +1214,31 @@ def add_bias(s, bias, i, j, W, KIND: tl.constexpr):
 
 @triton.jit
 def key_tiles(t0, T, W, BM: tl.constexpr, BN: tl.constexpr):
-    """The bounds (far, near, diagonal, stop) drawn above, for queries t0 .. t0 + BM - 1."""
-    # A tile of keys j0 .. j0 + BN - 1 is
-    far = tl.maximum(t0 + 1 - W, 0) // BN * BN              # FAR if t0 - (j0 + BN - 1) >= W
-    near = tl.cdiv(tl.maximum(t0 + BM - W, 0), BN) * BN     # NEAR from t0 + BM - 1 - j0 < W on
-    diagonal = (t0 + 1) // BN * BN                          # and while j0 + BN - 1 <= t0
-    return far, tl.minimum(near, diagonal), diagonal, tl.minimum(t0 + BM, T)
+    """(far, near, diagonal, stop) as drawn above, for queries t0 .. t0 + BM - 1.
+
+    A tile of keys j0 .. j0 + BN - 1 is FAR if its last key is outside the first query's window,
+    t0 - (j0 + BN - 1) >= W. It is NEAR if its first key is inside the last query's window,
+    t0 + BM - 1 - j0 < W, and its last key is not after the first query, j0 + BN - 1 <= t0.
+    """
+    far = tl.maximum(t0 + 1 - W, 0) // BN * BN
+    near = tl.cdiv(tl.maximum(t0 + BM - W, 0), BN) * BN
+    diagonal = (t0 + 1) // BN * BN
+    stop = tl.minimum(t0 + BM, T)
+    return far, tl.minimum(near, diagonal), diagonal, stop
 
 
 @triton.jit
 def query_tiles(j0, T, W, BM: tl.constexpr, BN: tl.constexpr):
-    """The same for keys j0 .. j0 + BN - 1, down a column of the drawing: queries [start, below) are
-    EDGE, [below, edge) NEAR, [edge, far) EDGE again, [far, T) FAR."""
-    # A tile of queries t0 .. t0 + BM - 1 is
-    below = tl.cdiv(j0 + BN - 1, BM) * BM                   # NEAR from t0 >= j0 + BN - 1 on
-    edge = tl.maximum((j0 + W) // BM * BM, below)           # and while t0 + BM - 1 - j0 < W
-    far = tl.cdiv(j0 + BN - 1 + W, BM) * BM                 # FAR from t0 - (j0 + BN - 1) >= W on
-    return j0 // BM * BM, below, edge, far
+    """(start, below, edge, far): the same for keys j0 .. j0 + BN - 1, down a column of the drawing.
+
+    The queries [start, below) are EDGE, [below, edge) NEAR, [edge, far) EDGE again, [far, T) FAR.
+    The conditions are those of key_tiles.
+    """
+    start = j0 // BM * BM
+    below = tl.cdiv(j0 + BN - 1, BM) * BM
+    edge = tl.maximum((j0 + W) // BM * BM, below)
+    far = tl.cdiv(j0 + BN - 1 + W, BM) * BM
+    return start, below, edge, far
 
 
 @triton.jit
@@ -1238,7 +1272,9 @@ def forward_kernel(q, k, v, log_g, out, lse, scale, T, TP, W, Hq, G, DP: tl.cons
         m, l, o = forward_tile(Q, k, v, log_g, b, h, j0, i, m, l, o, scale, T, W, FAR, DP, BN)
     for j0 in range(near, diagonal, BN):
         m, l, o = forward_tile(Q, k, v, log_g, b, h, j0, i, m, l, o, scale, T, W, NEAR, DP, BN)
-    for x in range(far, stop - (diagonal - near), BN):      # both edges, skipping what lies between
+    # Both EDGE stretches in one loop, so that its body is compiled once: x runs through
+    # [far, near), and then through [diagonal, stop) as if that followed at once.
+    for x in range(far, stop - (diagonal - near), BN):
         j0 = tl.where(x < near, x, x + diagonal - near)
         m, l, o = forward_tile(Q, k, v, log_g, b, h, j0, i, m, l, o, scale, T, W, EDGE, DP, BN)
     tl.store(lse + tl.program_id(0).to(tl.int64) * TP + i, m + tl.log2(l), i < T)
@@ -1282,7 +1318,7 @@ def dq_kernel(q, k, v, log_g, out, do, lse, delta, dq, scale, T, TP, W, Hq, G, D
         dQ = dq_tile(Q, dO, L, Delta, k, v, log_g, b, h, j0, i, dQ, scale, T, W, FAR, DP, BN)
     for j0 in range(near, diagonal, BN):
         dQ = dq_tile(Q, dO, L, Delta, k, v, log_g, b, h, j0, i, dQ, scale, T, W, NEAR, DP, BN)
-    for x in range(far, stop - (diagonal - near), BN):
+    for x in range(far, stop - (diagonal - near), BN):      # both EDGE stretches, as above
         j0 = tl.where(x < near, x, x + diagonal - near)
         dQ = dq_tile(Q, dO, L, Delta, k, v, log_g, b, h, j0, i, dQ, scale, T, W, EDGE, DP, BN)
     dq.store([b, hq, t0, 0], (dQ * (scale / LOG2E)).to(Q.dtype).reshape(1, 1, BM, DP))
@@ -1337,8 +1373,8 @@ def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, H
     dV = tl.zeros([BN, DP], tl.float32)
     dG = tl.zeros([BN], tl.float32)
     start, below, edge, far = query_tiles(j0, T, W, BM, BN)
-    # Both EDGE stretches in one loop, [start, below) and [edge, far) cut at T, counted without the
-    # NEAR tiles between them. If T ends before `edge` there is only the first.
+    # Both EDGE stretches in one loop: x runs through [start, below), and then through [edge, far)
+    # as if that followed at once. T cuts either; if it ends before `edge` there is only the first.
     stop = tl.maximum(tl.minimum(far, T) - (edge - below), tl.minimum(below, T))
     for hq in range(h * G, h * G + G):
         for x in tl.range(start, stop, BM, num_stages=STAGES):

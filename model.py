@@ -7,11 +7,12 @@ without a sliding window, Qwen2.5, Qwen3) and runs the model:
     hidden = model(tokens)                   # (B, T) ids -> (B, T, hidden_size), after final norm
     logits = model.logits(hidden[:, -1])     # (B, vocab_size), only for positions that need them
 
-This file knows nothing of KV caches or gates. Each layer hands its q, k and v to an object `kv`. It
-decides what is stored, which keys a query attends to, and where in its sequence each token stands:
+This file knows nothing of KV caches or gates. Each layer hands its q, k and v to an object `kv`.
+That object decides what is stored, which keys a query attends to, and where in its sequence each
+token stands:
 
     positions = kv.begin(T, lengths)         # once per forward pass, before the first layer
-    y = kv.attend(layer, q, k, v, cos, sin)  # once per layer; q and k come before RoPE
+    y = kv.attend(layer, q, k, v, cos, sin)  # once per layer; q and k are not yet rotated by RoPE
     kv.end()                                 # once per forward pass: only here positions advance
 
 Without a `kv` the model is plain causal attention over the tokens of the call (`CausalAttention`).
@@ -213,14 +214,14 @@ class CausalAttention:
         pass
 
 
-def add_norm(x, y, norm):
-    """(x + y, norm(x + y)); y may be None. The kernel does both in one pass, and writes over x."""
-    kernels = kernels_for(x)
+def add_norm(residual, update, norm):
+    """Their sum (update may be None), and its norm. The kernel writes the sum over residual."""
+    kernels = kernels_for(residual)
     if kernels and not torch.is_grad_enabled():
-        return kernels.add_norm(x, y, norm)
-    if y is not None:
-        x = x + y
-    return x, norm(x)
+        return kernels.add_norm(residual, update, norm)
+    if update is not None:
+        residual = residual + update
+    return residual, norm(residual)
 
 
 def silu_product(x):
@@ -269,7 +270,9 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+        self.num_heads = c.num_heads
+        self.num_kv_heads = c.num_kv_heads
+        self.head_dim = c.head_dim
         self.processes = c.processes
         q_size = c.num_heads * c.head_dim
         kv_size = c.num_kv_heads * c.head_dim
@@ -289,7 +292,7 @@ class Block(nn.Module):
         the next norm, where one kernel does both.
         """
         B, T, _ = residual.shape
-        Hq, Hkv, D = self.heads
+        Hq, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
         residual, x = add_norm(residual, update, self.attn_norm)    # both (B, T, hidden_size)
 
         qkv = self.qkv(x)                                           # (B, T, (Hq + 2 Hkv) * D)
@@ -297,9 +300,9 @@ class Block(nn.Module):
         q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                  # (B, Hq or Hkv, T, D) each
         q = self.q_norm(q)
         k = self.k_norm(k)
-        heads = kv.attend(layer, q, k, v, cos, sin)                 # (B, Hq, T, D)
-        heads = heads.transpose(1, 2).reshape(B, T, Hq * D)         # side by side
-        update = all_reduce_sum(self.out(heads), self.processes)    # (B, T, hidden_size)
+        y = kv.attend(layer, q, k, v, cos, sin)                     # (B, Hq, T, D)
+        y = y.transpose(1, 2).reshape(B, T, Hq * D)                 # heads side by side
+        update = all_reduce_sum(self.out(y), self.processes)        # (B, T, hidden_size)
 
         residual, x = add_norm(residual, update, self.mlp_norm)
         x = silu_product(self.gate_up(x))                           # (B, T, intermediate_size)
@@ -334,15 +337,16 @@ class Llama(nn.Module):
             kv = CausalAttention(tokens.device)
         positions = kv.begin(tokens.shape[1], lengths)              # (B or 1, T)
         cos, sin = self.rope(positions)                             # (B or 1, 1, T, D)
-        x = self.embed(tokens)                                      # (B, T, hidden_size)
-        y = None
+        residual = self.embed(tokens)                               # (B, T, hidden_size)
+        update = None
         for i, layer in enumerate(self.layers):
+            inputs = (residual, update, kv, i, cos, sin)
             if checkpoint:
-                x, y = recompute(layer, x, y, kv, i, cos, sin, use_reentrant=False)
+                residual, update = recompute(layer, *inputs, use_reentrant=False)
             else:
-                x, y = layer(x, y, kv, i, cos, sin)
+                residual, update = layer(*inputs)
         kv.end()
-        return add_norm(x, y, self.norm)[1]
+        return add_norm(residual, update, self.norm)[1]
 
     def rope(self, positions):
         """cos and sin (B, 1, T, D) fp32 of the angles at positions (B, T); the 1 is for heads."""
@@ -720,8 +724,9 @@ def check_memory(needed, device, dtype):
 def fill(model, files):
     """Copy every tensor into its rows. One at a time: the model is never in memory twice.
 
-    Of several processes each reads its own part: rows of what makes heads and the MLP's inner
-    numbers, columns of what takes them. What `out` and `down` add at the end is added once.
+    Of several processes each reads its own part: rows of qkv and gate_up, whose outputs are
+    divided, and columns of out and down, whose inputs are. The biases of out and down would be
+    summed over the processes, so only the first has them.
     """
     c = model.config
     axes = {"qkv.weight": 0, "qkv.bias": 0, "gate_up.weight": 0, "gate_up.bias": 0,
@@ -731,8 +736,10 @@ def fill(model, files):
         rows = params[ours][start:stop]
         kind = ".".join(ours.split(".")[-2:])
         axis = axes.get(kind) if c.processes > 1 else None
-        size = 1 if axis is None else files[name].shape[axis] // c.processes
-        part = slice(c.rank * size, (c.rank + 1) * size)
+        part = slice(None)
+        if axis is not None:
+            size = files[name].shape[axis] // c.processes
+            part = slice(c.rank * size, (c.rank + 1) * size)
         rows.copy_(files[name].read(axis, part))    # converts to the parameter's device and dtype
         check_finite(files[name].path, files[name].name, rows)
         if kind in ("out.bias", "down.bias") and c.rank > 0:

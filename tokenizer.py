@@ -21,14 +21,18 @@ from model import find_folder
 # A random number. No text contains it, not even a text written to attack us.
 SECRET = secrets.token_hex(16)
 
-# What stands in a chat template for the user's text, for an earlier one, and for a reply.
-USER, PAST, REPLY = f"user{SECRET}", f"past{SECRET}", f"reply{SECRET}"
+# What stands in a chat template for other texts while we render it.
+USER = f"user{SECRET}"          # for the user's text
+PAST = f"past{SECRET}"          # for an earlier one
+REPLY = f"reply{SECRET}"        # for a reply: what an answer is called in a chat
 
 BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)               # <think>, [INST], <|im_start|>
 
 
 class Text:
     """The text side of a model's folder: its tokenizer, end tokens and chat template.
+
+    The begin token (BOS) stands before a text, an end token (EOS) ends an answer.
 
         text = Text("tiny")
         text.encode("Once upon")        [0, 48, 1700, 605]      0 is the begin token <|begin|>
@@ -70,7 +74,8 @@ class Text:
 
     def decode(self, ids):
         """The text of ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with reading(self.file, "used to decode tokens"):       # some decoders panic
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     # ------------------------------------------------- text is text (skip at first reading)
     #
@@ -147,8 +152,11 @@ class Text:
 
     def insert(self, content, replies):
         """The text of a user's turn, with secret names for the template's own control tokens."""
-        core = content.strip()      # the spaces around it stay: the template may trim them
+        # USER takes the place of the text, but not of the spaces around it, since a template may
+        # trim those: of " Why? " we render " USER ".
+        core = content.strip()
         marked = self.render_turn(content.replace(core, USER, 1), replies)
+        # Does the template do with USER what it does with the text itself?
         if marked.replace(USER, core) != self.render_turn(content, replies):
             raise UserError(f"{self.folder}: the chat template changes the text it is given: we "
                             "cannot tell the text's strings from its own control tokens")
@@ -158,6 +166,7 @@ class Text:
         """What a user's turn adds to the rendered text of a conversation with so many replies."""
         messages = [dict(role="user", content=PAST), dict(role="assistant", content=REPLY)]
         text = self.chat([*messages * replies, dict(role="user", content=content)])
+        # The last reply is where the turn begins. Without one, rpartition returns the whole text.
         before, reply, added = text.rpartition(REPLY)
         if replies and not reply:
             raise UserError(f"{self.folder}: the chat template does not print the replies it is "
@@ -165,11 +174,15 @@ class Text:
         return added
 
     def chat(self, messages):
-        """A conversation as text, up to where the model's next reply begins, by the template."""
+        """A conversation as text, up to where the model's next reply begins, by the template.
+
+        Whatever a template raises, dividing by zero or recursing, becomes one line, and so does
+        printing without end. It runs in this process: one that loops without printing, or builds a
+        huge string first, takes its time and memory. Ctrl-C ends it.
+        """
         limit = 2**20 + 4 * sum(len(message["content"]) for message in messages)
         parts = []
         size = 0
-        # Whatever a template does, dividing by zero or recursing, becomes one line.
         with reading(f"{self.folder}: the chat template", "rendered"):
             for part in self.template.generate(messages=messages, add_generation_prompt=True):
                 parts.append(part)

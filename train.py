@@ -8,14 +8,15 @@ g is near 0 fades away there. Only the gates learn:
 
     distillation loss    mean squared error between the student's final hidden states and the
                          teacher's; tokens that answer a question can weigh more than others
-    sparsity loss        the expected share of a dense cache that is kept (`wgkv.sparsity_loss`)
+    sparsity loss        a stand-in for the share of a dense cache that is kept
+                         (`wgkv.sparsity_loss`)
 
 A gate closes where nobody misses its key. Lambda says how hard it tries: larger keeps less. (AdamW,
 linear warmup, cosine decay.)
 
 What --data is matters. A gate that reads only novels learns to let numbers and names go: nobody
-repeats them there. With one byte of source code to five of novels, gates of a real model that keep
-as much lose 21 points of the needles in 2,048 tokens where they had lost 72
+repeats them there. On 2,048 tokens, gates trained on novels alone lost 72 points of needle recall.
+With one byte of source code to five of novels, and as much kept, they lost 21
 (experiments/README.md). So give it text of all kinds that the model will read, and some in which
 details come back.
 
@@ -40,10 +41,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch: importing takes seconds, and from here on Ctrl-C is no traceback.
+# Before torch, which takes seconds to import: common installs the hook that turns Ctrl-C into one
+# line.
 from common import (DTYPES, HERE, Parser, UserError, check_writable, free_bytes, model_options,
-                    process_group, progress, quoted, read_text, reading, real, replacing,
-                    run_program, say, torchrun_processes, whole)
+                    process_group, progress, quoted, rank_and_processes, read_text, reading, real,
+                    replacing, run_program, say, torchrun_processes, whole)
 
 import torch
 import torch.distributed as dist
@@ -112,17 +114,19 @@ def schedule(config):
     """
     samples_per_step = {n: math.ceil(config.tokens_per_step / n) for n in config.seq_len}
 
-    # Steps for each length, from cumulative shares: rounding cannot lose or add a step.
-    shares = list(accumulate(1 / n / samples_per_step[n] for n in config.seq_len))
+    # A step of length n has n * samples tokens. So that each length gets as many tokens, its steps
+    # are in proportion to the reciprocal. From cumulative shares: rounding cannot lose or add a
+    # step.
+    shares = list(accumulate(1 / (n * samples_per_step[n]) for n in config.seq_len))
     ends = [round(config.steps * share / shares[-1]) for share in shares]
-    lengths = []
+    length_of_step = []
     for n, start, end in zip(config.seq_len, [0, *ends], ends):
-        lengths += [n] * (end - start)
-    random.Random(f"{config.seed}/lengths").shuffle(lengths)
+        length_of_step += [n] * (end - start)
+    random.Random(f"{config.seed}/lengths").shuffle(length_of_step)
 
     steps = []
     first = 0
-    for n in lengths:
+    for n in length_of_step:
         steps.append((n, first, samples_per_step[n]))
         first += samples_per_step[n]
     return steps
@@ -201,6 +205,19 @@ def generate_prose(model, text, num_tokens, seed, batch=32):
     return "\n\n".join(text.decode(ids) for ids in passages)
 
 
+def shared_prose(model, text, config):
+    """The prose that the first process's model writes, for all processes.
+
+    Sampling may differ between two GPUs, and then the samples would, too.
+    """
+    prose = [None]
+    if rank_and_processes()[0] == 0:
+        prose = [generate_prose(model, text, config.haystack_tokens, config.seed)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(prose)
+    return prose[0]
+
+
 def make_haystack(prose, source):
     """A tasks.Haystack of this prose; source names it in the error."""
     try:
@@ -247,7 +264,7 @@ def task_samples(haystack, encode, config):
     def sample_task(rng, length):
         task = tasks.pick(rng, config.tasks or "asked")
         _, ids, in_answer = make_task(task, haystack, length, encode, rng)
-        weights = torch.tensor(in_answer) * (config.answer_weight - 1) + 1
+        weights = torch.where(torch.tensor(in_answer), config.answer_weight, 1.0)
         return torch.tensor(ids), weights
 
     return sample_task
@@ -300,31 +317,30 @@ def hold_out(documents, shortest, longest):
     """(training, held out): every 20th of some documents, or the end of the only one.
 
     documents: tensors, sorted by length. The last one stays for training, because there may be no
-    other that is long enough.
+    other that is long enough for the longest samples.
     """
     *training, last = documents
     if training:
         held_out = training[::20]
         del training[::20]
         return [*training, last], held_out
-    # The rest must have a sample of every length, and the end one of the shortest.
+    # There is only one. Its end is held out: a twentieth, but at least one of the shortest samples.
+    # What is before it must still have room for the longest.
     size = min(len(last) - longest, max(shortest, len(last) // 20))
     if size < shortest:
         return [last], []
     return [last[:-size]], [last[-size:]]
 
 
-def make_samples(source, documents, config, model, text):
+def make_samples(source, documents, config, text):
     """(samples to train on, samples to validate on). source: the --data of the documents, if any.
 
     Tasks are validated in the same prose as they are trained in; the tasks themselves are new.
     """
     if source and not config.tasks:
         return split_text(documents, text, config, source)
-    prose = "\n\n".join(documents)
-    if not source:
-        prose = generate_prose(model, text, config.haystack_tokens, config.seed)
-    samples = task_samples(make_haystack(prose, source), text.tokenizer.encode, config)
+    haystack = make_haystack("\n\n".join(documents), source)
+    samples = task_samples(haystack, text.tokenizer.encode, config)
     return samples, samples
 
 
@@ -335,7 +351,7 @@ class Samples(Dataset):
         self.make_sample = make_sample
         self.seed = config.seed
         self.schedule = schedule(config)
-        self.rank, self.world_size = rank_and_world_size()
+        self.rank, self.world_size = rank_and_processes()
 
     def __getitem__(self, step):
         length, first, count = self.schedule[step]
@@ -423,33 +439,41 @@ def plan_micro_batches(model, gates, config):
     A step's samples go through the model in micro-batches whose gradients add up. Checkpointing
     costs one more forward pass. UserError if not even one sample of the longest fits.
     """
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()            # torch's own cache would count as taken
-    free = free_bytes(model.device) or math.inf
-
-    plan = {}
-    for length in config.seq_len:
-        most = max(1, MICRO_BATCH_TOKENS // length) if on_gpu else 1
-        # The first that leaves a fifth of the memory free, else the last.
-        for count, checkpoint in ((most, False), (1, False), (most, True), (1, True)):
-            if training_bytes(model, gates, count * length, checkpoint) <= 0.8 * free:
-                break
-        plan[length] = (count, checkpoint)
+    free = free_bytes(model.device) or math.inf     # only Linux says it of a CPU's memory
+    plan = {length: pick_micro_batch(model, gates, length, free) for length in config.seq_len}
 
     longest = max(config.seq_len)
     _, checkpoint = plan[longest]
     needed = training_bytes(model, gates, longest, checkpoint)
+    has = f"{model.device} has {free / 2**30:.2f} GiB free"
     if needed > free:
         raise UserError(f"--seq-len {longest} needs about {needed / 2**30:.2f} GiB beside the "
-                        f"weights, {model.device} has {free / 2**30:.2f} GiB free: lower "
-                        "--seq-len, or try --dtype bfloat16")
+                        f"weights, {has}: lower --seq-len, or try --dtype bfloat16")
+    if free == math.inf:
+        has = f"how much {model.device} has free is not known"
     note = " with checkpointed layers" if checkpoint else ""
     return plan, (f"memory: a sample of {longest:,} tokens takes about {needed / 2**30:.2f} GiB"
-                  f"{note}; {model.device} has {free / 2**30:.2f} GiB free")
+                  f"{note}; {has}")
+
+
+def pick_micro_batch(model, gates, length, free):
+    """(samples per micro-batch, checkpoint layers?) for samples of this length: fastest first."""
+    most = 1                                # a CPU gains nothing from more
+    if model.device.type == "cuda":
+        most = max(1, MICRO_BATCH_TOKENS // length)
+    choices = [(most, False), (1, False), (most, True), (1, True)]
+    for count, checkpoint in choices:
+        if training_bytes(model, gates, count * length, checkpoint) <= 0.8 * free:
+            return count, checkpoint
+    return choices[-1]                      # it may still fit: 0.8 is a margin
 
 
 # -------------------------------------------------------------------------------- the training loop
+
+LOGGED = ("distill_loss", "hard_distill_loss", "sparsity_loss", "admitted")     # means of a step
+
 
 def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, log=None, save=None,
           save_every=50):
@@ -459,35 +483,26 @@ def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, 
     step, save(steps done) after every `save_every` steps and after the last.
     """
     micro_batches = micro_batches or {}
-    # batch_size None: samples[step] is a whole step already. Workers make samples ahead of a GPU.
-    batches = DataLoader(samples, batch_size=None, sampler=range(done, config.steps),
-                         num_workers=num_workers(model.device), worker_init_fn=ignore_ctrl_c)
     tokens = [length * count for length, _, count in samples.schedule]
     hard = math.nan                         # the last hard distillation loss, for the status
     with (finish_the_step() as signals,
           progress(sum(tokens[done:]), "training", "tokens", delay=0) as bar):
         started = time.perf_counter()
+        batches = load_batches(samples, range(done, config.steps), model.device)
         for step, batch in enumerate(batches, done):
             length, _, num_samples = samples.schedule[step]
-            with_hard = step % 25 == 0 or step == config.steps - 1
-            sums = add_gradients(model, gates, config, batch, num_samples,
-                                 micro_batches.get(length, (1, False)), with_hard)
-            # With torchrun, all processes stop after the same step: the signals are summed, too.
-            gradients = [p.grad for p in gates.parameters()]
-            figures = all_reduce(gradients, dict(sums, stop=len(signals)))
-            stop = figures.pop("stop") > 0
-            num_tokens = figures.pop("tokens")
-            figures["loss"] = figures["distill_loss"] + config.lam * figures["sparsity_loss"]
-            figures["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+            last = step + 1 == config.steps
+            with_hard = step % 25 == 0 or last      # rarely: it costs another forward pass
+            micro_batch = micro_batches.get(length, (1, False))
+            sums = add_gradients(model, gates, config, batch, num_samples, micro_batch, with_hard)
+            figures, num_tokens, stop = reduce_step(gates, config, sums, bool(signals))
+            # Before the update: the gates stay those of the last good step.
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 return step, f"step {step + 1}: the loss or its gradient is not finite"
+            update(optimizer, learning_rate(config, step))
 
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+            # What is not measured is null in the log; the status shows the last that was.
             seconds = time.perf_counter() - started
-            started += seconds
             if with_hard:
                 hard = figures["hard_distill_loss"]
             else:
@@ -495,20 +510,57 @@ def train(model, gates, optimizer, samples, config, done=0, micro_batches=None, 
             if log:
                 log(dict(step=step + 1, **figures, seq_len=length, seconds=seconds,
                          tokens_per_s=num_tokens / seconds))
-            status = (f"step {step + 1}/{config.steps}, "
-                      f"distill loss {figures['distill_loss']:.4f}, hard {hard:.4f}, "
-                      f"admitted {figures['admitted']:.1%}")
-            bar.set_postfix_str(status, refresh=False)
+            report_step(bar, step, config.steps, figures, hard)
             bar.update(tokens[step])
-            # Without a terminal there is no bar: ten lines in all show that the run is alive.
-            if bar.disable and (step + 1) * 10 // config.steps > step * 10 // config.steps:
-                say(f"training: {status}")
-
-            if save and (stop or (step + 1) % save_every == 0 or step + 1 == config.steps):
+            if save and (stop or last or (step + 1) % save_every == 0):
                 save(step + 1)
             if stop:
                 return step + 1, "interrupted"
+            started = time.perf_counter()   # a save is no part of the next step's time
     return config.steps, None
+
+
+def load_batches(samples, steps, device):
+    """Iterates over the samples of these steps. On a GPU, workers make them ahead of it."""
+    workers = num_workers(device)
+    # batch_size None: samples[step] is a whole step already.
+    # fork: workers share the tokenized text and the functions that cut samples from it. Other ways
+    # to start a process (Python 3.14's default is one) pickle both, and a closure cannot be
+    # pickled. Workers do not use the GPU, which a forked process may not.
+    return DataLoader(samples, batch_size=None, sampler=steps, num_workers=workers,
+                      worker_init_fn=ignore_signals,
+                      multiprocessing_context="fork" if workers else None)
+
+
+def reduce_step(gates, config, sums, stop):
+    """(figures of the step, its tokens, does any process want to stop?), over all processes.
+
+    Their gradients are summed as well, so all take the same update. And because `stop` is summed,
+    all of them stop after the same step.
+    """
+    gradients = [p.grad for p in gates.parameters()]
+    totals = all_reduce(gradients, dict(sums, stop=stop))
+    figures = {name: totals[name] for name in LOGGED}
+    figures["loss"] = totals["distill_loss"] + config.lam * totals["sparsity_loss"]
+    figures["grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+    return figures, totals["tokens"], totals["stop"] > 0
+
+
+def update(optimizer, lr):
+    """One step of AdamW at this learning rate; the next gradients start at zero."""
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def report_step(bar, step, steps, figures, hard):
+    """Show where the training stands: beside the bar, or as a line where there is no terminal."""
+    status = (f"step {step + 1}/{steps}, distill loss {figures['distill_loss']:.4f}, "
+              f"hard {hard:.4f}, admitted {figures['admitted']:.1%}")
+    bar.set_postfix_str(status, refresh=False)
+    # Without a terminal there is no bar: ten lines in all show that the run is alive.
+    if bar.disable and (step + 1) * 10 // steps > step * 10 // steps:
+        say(f"training: {status}")
 
 
 def add_gradients(model, gates, config, batch, num_samples, micro_batch, with_hard):
@@ -518,7 +570,7 @@ def add_gradients(model, gates, config, batch, num_samples, micro_batch, with_ha
     the mean over all of them, so each micro-batch counts by its share.
     """
     size, checkpoint = micro_batch
-    sums = dict(distill_loss=0.0, hard_distill_loss=0.0, sparsity_loss=0.0, admitted=0.0, tokens=0)
+    sums = {**dict.fromkeys(LOGGED, 0.0), "tokens": 0}
     for start in range(0, len(batch), size):
         samples = batch[start:start + size]
         check_vocabulary(model, samples)
@@ -548,13 +600,15 @@ def finish_the_step():
     """A list that gets the signal when Ctrl-C or SIGTERM (as clusters send it) asks us to stop.
 
     The loop looks into it after each step, because in the middle of an update the gates are a mix
-    of two steps. A second Ctrl-C interrupts at once.
+    of two steps. A second Ctrl-C interrupts at once. A second SIGTERM does not, because some
+    clusters send it twice.
     """
     signals = []
 
     def ask_to_stop(number, frame):
         signals.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -570,23 +624,20 @@ def num_workers(device):
     """Processes that make samples: a GPU waits for a single one; a CPU has enough to do."""
     if device.type != "cuda":
         return 0
-    _, world_size = rank_and_world_size()
-    return max(0, min(12, (os.cpu_count() or 1) // world_size - 1))
+    _, processes = rank_and_processes()
+    return max(0, min(12, (os.cpu_count() or 1) // processes - 1))
 
 
-def ignore_ctrl_c(worker):
-    """For workers: Ctrl-C is for the process that trains."""
+def ignore_signals(worker):
+    """For workers: the process that trains decides when to stop, and needs them until then.
+
+    A terminal sends Ctrl-C, and many clusters SIGTERM, to all processes of a group.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------- several processes
-
-def rank_and_world_size():
-    """(number of this process, how many there are)."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
 
 def all_reduce(gradients, sums):
     """Sum gradients, in place, and a dict of numbers over the processes, in a single exchange."""
@@ -642,29 +693,34 @@ class RunFiles:
         with reading(path, "read as the state of a run"):
             file = open_tensors(path)
             metadata = file.metadata() or {}
-            there = json.loads(metadata["settings"])
-            differing = [f"{key} {quoted(there[key])} there, {quoted(value)} here"
-                         for key, value in self.settings.items() if there[key] != value]
+            saved = json.loads(metadata["settings"])
+            differing = [f"{key} {quoted(saved[key])} there, {quoted(value)} here"
+                         for key, value in self.settings.items() if saved[key] != value]
             if differing:
                 raise UserError(f"{path} is of another run: {', '.join(differing)}; give the same, "
                                 "or leave out --resume")
             done = int(metadata["done"])
             for name, p in self.gates.named_parameters():
-                p.copy_(file.get_tensor(name))
+                p.copy_(read_like(file, name, p))
                 state = self.optimizer.state[p] = dict(step=torch.tensor(float(done)))
                 for moment in MOMENTS:
-                    state[moment] = file.get_tensor(f"{name}.{moment}").to(p.device, copy=True)
+                    saved_moment = read_like(file, f"{name}.{moment}", p)
+                    state[moment] = saved_moment.to(p.device, copy=True)
         return done
 
     @contextlib.contextmanager
     def locked_log(self, done):
         """Begin the log, and keep other trainings out: two would spoil each other's files.
 
-        A resumed run drops the lines after step `done`: it writes them again. The system ends a
-        lock together with its process, so a killed run leaves none behind.
+        A resumed run drops the lines after step `done`: it writes them again. A new run drops all,
+        and with them the state of the run that they were of. The system ends a lock together with
+        its process, so a killed run leaves none behind.
         """
         with open(self.log_path, "a+", encoding="utf-8") as file:
             lock(file, self.out)
+            if done == 0:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.resume_path)
             file.seek(0)
             for _ in range(done):
                 file.readline()
@@ -675,6 +731,14 @@ class RunFiles:
         """Append a line to the log."""
         with reading(self.log_path, "written"), open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
+
+
+def read_like(file, name, p):
+    """The tensor of this name in a safetensors file, which must have the shape of p."""
+    tensor = file.get_tensor(name)
+    if tensor.shape != p.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
+    return tensor
 
 
 def lock(file, out):
@@ -698,10 +762,13 @@ def validate(model, gates, make_sample, config):
     admitted_by_head: the share that each head admits, one list of Hkv for each layer.
     gate_histogram: the share of gates in each tenth of the range 0 to 1.
     """
-    lengths = config.seq_len * max(1, 16 // len(config.seq_len))
-    soft, hard, heads, tenths = [], [], [], []
-    with progress(len(lengths), "validation", "samples") as bar:
-        for n, length in enumerate(lengths):
+    sample_lengths = config.seq_len * max(1, 16 // len(config.seq_len))
+    soft = []
+    hard = []
+    heads = []
+    tenths = []
+    with progress(len(sample_lengths), "validation", "samples") as bar:
+        for n, length in enumerate(sample_lengths):
             sample = make_sample(random.Random(f"{config.seed}/validation/{n}"), length)
             losses = distill(model, gates, [sample], with_hard=True)
             [g] = losses.gates                                                  # (L, Hkv, T)
@@ -713,7 +780,7 @@ def validate(model, gates, make_sample, config):
 
     heads = torch.stack(heads).mean(dim=0)
     tenths = torch.stack(tenths).mean(dim=0)
-    result = dict(samples=len(lengths), distill_loss=sum(soft) / len(soft),
+    result = dict(samples=len(sample_lengths), distill_loss=sum(soft) / len(soft),
                   hard_distill_loss=sum(hard) / len(hard), admitted=heads.mean().item(),
                   admitted_by_head=heads.tolist(), gate_histogram=tenths.tolist())
     say(f"validation: distill loss {result['distill_loss']:.4f}, "
@@ -736,8 +803,8 @@ def measure_quantiles(model, gates, make_sample, shortest, longest, seed):
 
     A key of an upper layer depends on what the layers below admitted, so its gate depends on the
     tau of the run. We measure twice: at the gates' own tau, and at one that opens about half of all
-    pages. (For the bundled gates, the first alone keeps 49.2% where 50% were asked for.) Between
-    the shares of these two we go from the one to the other in proportion.
+    pages. (For the bundled gates, the first alone keeps 49.2% where 50% were asked for.)
+    `blend_quantiles` makes one list of both.
     """
     while longest > shortest and len(make_sample(random.Random(seed), longest)[0]) < 0.9 * longest:
         longest = max(shortest, longest // 2)
@@ -746,42 +813,57 @@ def measure_quantiles(model, gates, make_sample, shortest, longest, seed):
         rng = random.Random(f"{seed}/calibration/{n}")
         samples.append(make_sample(rng, longest)[0].tolist())
     doublings = math.log2(longest / shortest)
-    lengths = [round(shortest * 2 ** (n / 2)) for n in range(math.ceil(2 * doublings))] + [longest]
+    cuts = [round(shortest * 2 ** (n / 2)) for n in range(math.ceil(2 * doublings))] + [longest]
 
-    shares = 1 - torch.tensor(LEVELS)
-    at_own = opening_gates(model, gates, samples, lengths, gates.tau)
+    at_own = opening_gates(model, gates, samples, cuts, gates.tau)
     half = at_own[longest].quantile(0.5).item()
-    at_half = opening_gates(model, gates, samples, lengths, half)
-    quantiles = {}
-    for length in lengths:
-        own, other = at_own[length], at_half[length]
-        own_share = (own >= gates.tau).float().mean()
-        other_share = (other >= half).float().mean()
-        weight = (shares - own_share) / (other_share - own_share)
-        weight = weight.nan_to_num(0.0).clamp(0, 1)     # NaN: both shares are the same
-        own, other = (g.quantile(torch.tensor(LEVELS)).clamp(1e-30, 1).log() for g in (own, other))
-        both = own.lerp(other, weight).exp().cummax(dim=0).values           # (65,)
-        quantiles[length] = [float(f"{g:.6g}") for g in both.clamp(max=1).tolist()]
-    return quantiles
+    at_half = opening_gates(model, gates, samples, cuts, half)
+    return {cut: blend_quantiles(at_own[cut], gates.tau, at_half[cut], half) for cut in cuts}
+
+
+def blend_quantiles(g_a, tau_a, g_b, tau_b):
+    """The quantiles at LEVELS of a text's opening gates, out of two measurements, as a list.
+
+    g_a: the opening gates when the text was read at tau_a; g_b, at tau_b. Each is right where its
+    own tau is: at the share of pages that this tau opens. Between the two shares we go from one to
+    the other in proportion.
+    """
+    levels = torch.tensor(LEVELS)                                           # (65,)
+    # With the quantile of level x as tau, the gates above it open: a share of 1 - x.
+    share = 1 - levels
+    share_a = (g_a >= tau_a).float().mean()
+    share_b = (g_b >= tau_b).float().mean()
+    weight_b = (share - share_a) / (share_b - share_a)
+    weight_b = weight_b.nan_to_num(0.0).clamp(0, 1)     # NaN: both shares are the same
+
+    # In logarithms, because gates span many powers of ten.
+    log_a = g_a.quantile(levels).clamp(1e-30, 1).log()
+    log_b = g_b.quantile(levels).clamp(1e-30, 1).log()
+    blended = log_a.lerp(log_b, weight_b).exp()                             # (65,)
+
+    # Two rising curves may fall where they are blended, but quantiles cannot.
+    blended = blended.cummax(dim=0).values.clamp(max=1)
+    return [float(f"{g:.6g}") for g in blended.tolist()]
 
 
 @torch.no_grad()
-def opening_gates(model, gates, samples, lengths, tau):
-    """{length: the opening gates of all samples cut to this length}, read at this tau.
+def opening_gates(model, gates, samples, cuts, tau):
+    """{length: the opening gates of all samples cut to it}, for the lengths in cuts, at this tau.
 
     samples: lists of ids. In a row, promoted tokens 1, 65, 129, ... each open a page. So of its
     gates in falling order every 64th counts; and only gates of tokens that have left the window.
     """
-    opening = {length: [] for length in lengths}
+    opening = {length: [] for length in cuts}
     with progress(sum(map(len, samples)), "calibration", "tokens") as bar:
         for ids in samples:
             log = GateLog(gates)
             kv = DualCache(model, log, window=gates.window, tau=tau)
             prefill(model, kv, [ids], advance=bar.update)
             g = log.gates()                                                 # (L, Hkv, S)
-            for length in lengths:
+            for length in cuts:
                 left = g[..., :max(0, min(length, len(ids)) - gates.window)]
                 in_order = left.sort(dim=-1, descending=True).values
+                # Those of rank 1, 65, 129, ...: a page is opened if tau is at most its gate.
                 opening[length].append(in_order[..., ::P].flatten())
     return {length: torch.cat(parts) for length, parts in opening.items()}
 
@@ -804,12 +886,17 @@ def evaluate(model, text, make_kv, documents, batch=8, report=lambda documents: 
         kept += kv.kept_bytes()
         dense += kv.dense_bytes()
         # The n-th questions of all documents are a batch; a document with fewer repeats one.
+        scores_of = [[] for _ in group]
         for n in range(max(len(document.questions) for document in group)):
             asked = [document.questions[n % len(document.questions)] for document in group]
             answers = answer(model, text, kv.clone(), asked)
-            for document, (_, right_answer), given in zip(group, asked, answers):
+            for i, (document, given) in enumerate(zip(group, answers)):
                 if n < len(document.questions):
-                    scores.append(tasks.correct(document.task, right_answer, given))
+                    right_answer = asked[i][1]
+                    scores_of[i].append(tasks.correct(document.task, right_answer, given))
+        # In the order of documents and their questions, whatever the batch is.
+        for own in scores_of:
+            scores += own
         report(len(group))
     return scores, kept / dense
 
@@ -818,8 +905,8 @@ def answer(model, text, kv, asked):
     """The model's answers to asked, a (question, right answer) for each sequence of a cache."""
     hidden = prefill(model, kv, [text.encode(question, begin=False) for question, _ in asked])
     # As long as the right answers, whose last token is the end token: control=True.
-    lengths = [len(text.encode(right, begin=False, control=True)) for _, right in asked]
-    return [text.decode(ids) for ids in write(model, text, kv, hidden, max(lengths))]
+    longest = max(len(text.encode(right, begin=False, control=True)) for _, right in asked)
+    return [text.decode(ids) for ids in write(model, text, kv, hidden, longest)]
 
 
 def final_table(model, text, gates, args, config):
@@ -830,9 +917,13 @@ def final_table(model, text, gates, args, config):
         prose = read_prose(args.data)
     else:                                   # other prose than that of the training
         prose = generate_prose(model, text, 8192, config.seed + 1)
-    haystack = make_haystack(prose, args.data)
-    documents = [make_task("facts", haystack, length, text.tokenizer.encode, rng)[0]
-                 for _ in range(32)]
+    try:
+        haystack = make_haystack(prose, args.data)
+        documents = [make_task("facts", haystack, length, text.tokenizer.encode, rng)[0]
+                     for _ in range(32)]
+    except UserError as e:                  # --data is source code, for instance
+        say(f"no table of facts recalled: {e}")
+        return {}
     nothing = RandomAdmission(0.0)
     caches = {
         "full attention": lambda group: DenseCache(model, len(group)),
@@ -879,27 +970,30 @@ def parse(argv):
                        "generate.py --keep needs to know of these gates, and add it to FILE")
     args = parser.parse_args(argv)
 
-    given = {}
-    for field in fields(TrainConfig):
-        if getattr(args, field.name) is not None:
-            given[field.name] = getattr(args, field.name)
-    config = replace(BUNDLED if is_bundled(args) else PAPER, **given)
+    config = replace(BUNDLED if is_bundled(args) else PAPER, **given_settings(args))
     check(args, config)
     return args, config
 
 
+def given_settings(args):
+    """The fields of TrainConfig for which there are options, as far as these were given."""
+    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def add_config_options(parser):
     """An option for each field of TrainConfig; only --seed is one of every program's."""
-    def option(group, name, type, text, metavar="N"):
-        paper, bundled = getattr(PAPER, name), getattr(BUNDLED, name)
+    def show(value):
+        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+    def option(group, name, kind, text, metavar="N"):
+        paper = getattr(PAPER, name)
+        bundled = getattr(BUNDLED, name)
         default = show(paper)
         if bundled != paper:
             default += f"; {show(bundled)} for the bundled model"
-        group.add_argument("--" + name.replace("_", "-"), type=type, metavar=metavar,
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar,
                            help=f"{text} (default: {default})")
-
-    def show(value):
-        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
 
     gates = parser.add_argument_group("gates")
     option(gates, "lam", real(0, 10**9), "lambda, the weight of the sparsity loss: larger admits "
@@ -948,9 +1042,31 @@ def check(args, config):
     if args.calibrate is not None:
         check_writable(args.calibrate)
         return
-    check_lengths(config)
     for suffix in ("", ".resume", ".log.jsonl"):
         check_writable(args.out + suffix)
+
+
+def say_unused(args, config):
+    """A remark about options that were given and have no effect."""
+    given = given_settings(args).keys() - {"seed"}
+    if args.data:
+        given |= {"data"}
+    if args.resume:
+        given |= {"resume"}
+
+    if args.convert is not None:
+        unused = given - {"lam", "window", "tau"}
+    elif args.calibrate is not None:
+        unused = given - {"data", "chat"}
+    elif args.data and not config.tasks:    # there are no answers in plain text
+        unused = given & {"haystack_tokens", "answer_weight"}
+    elif args.data:
+        unused = given & {"haystack_tokens"}
+    else:
+        unused = set()
+    if unused:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(unused))
+        say(f"without effect here: {names}")
 
 
 def check_lengths(config):
@@ -960,10 +1076,13 @@ def check_lengths(config):
         raise UserError(f"--window {config.window} should be smaller than --seq-len {shortest}: no "
                         "key would ever leave the window, and gates would learn nothing")
     processes = torchrun_processes()
-    if math.ceil(config.tokens_per_step / longest) < processes:
+    # A step takes whole samples until it has its tokens: one more than those of n - 1 samples makes
+    # n samples.
+    least = (processes - 1) * longest + 1
+    if config.tokens_per_step < least:
         raise UserError(f"--tokens-per-step {config.tokens_per_step}: it should be at least "
-                        f"{processes * longest}, a sample of {longest} tokens for each of "
-                        f"{processes} processes")
+                        f"{least}, which gives each of {processes} processes a sample of {longest} "
+                        "tokens")
 
 
 def is_bundled(args):
@@ -1017,41 +1136,24 @@ def say_calibrated(path, quantiles):
 
 def run(args, config):
     """One training from beginning to end. Returns the exit status."""
+    say_unused(args, config)
     documents = read_documents(args.data) if args.data else []
     text = Text(args.model)
     model = load_model(args)
-    positions = model.config.max_positions
-    if args.seq_len is None:                # a preset's lengths, as far as the model knows them
-        known = tuple(n for n in config.seq_len if n <= positions)
-        config = replace(config, seq_len=known or (positions,))
-        check_lengths(config)
-
+    config = fit_lengths(args, config, model)
     torch.manual_seed(config.seed)
     gates = Gates.for_model(model, window=config.window, tau=config.tau, expansion=config.expansion)
     optimizer = torch.optim.AdamW(gates.parameters(), config.lr, weight_decay=config.weight_decay)
-    files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
-    state_exists = os.path.lexists(files.resume_path)
-    done = files.load() if args.resume and state_exists else 0
     micro_batches, estimate = plan_micro_batches(model, gates, config)
-    make_sample, make_held_out = make_samples(args.data, documents, config, model, text)
-    with_table = config.tasks or not args.data or is_bundled(args)
-    if with_table and args.data:
-        make_haystack(read_prose(args.data), args.data)     # a text it refuses is refused now
-
+    if not args.data:
+        documents = [shared_prose(model, text, config)]
+    files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
+    done = resume(args, files)
+    make_sample, make_held_out = make_samples(args.data, documents, config, text)
     say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
-    if max(config.seq_len) > positions:
-        say(f"warning: --seq-len {max(config.seq_len)}, and {args.model} was trained for "
-            f"{positions:,} positions")
-    if args.resume and state_exists:
-        say(f"{files.resume_path}: continuing after step {done}")
-    elif args.resume:
-        say(f"{files.resume_path} is not there: starting at step 1")
-    elif state_exists:
-        say(f"{files.resume_path} is there, from a run that was not completed: it will be "
-            "overwritten (--resume would continue it)")
 
     samples = Samples(make_sample, config)
-    if rank_and_world_size()[0] > 0:        # only the first process writes files
+    if rank_and_processes()[0] > 0:         # only the first process writes files
         _, why = train(model, gates, optimizer, samples, config, done, micro_batches)
         return 130 if why == "interrupted" else 0
     with files.locked_log(done):
@@ -1061,20 +1163,55 @@ def run(args, config):
         if why == "interrupted":
             return 130
         gates = Gates.load(args.out, model)         # as they are in the file, perhaps in bf16
-        files.log(dict(validation=validate(model, gates, make_held_out, config)))
-        longest = max(min(positions, LONGEST), *config.seq_len)
-        quantiles = measure_quantiles(model, gates, make_held_out, min(config.seq_len), longest,
-                                      config.seed)
-        write_quantiles(args.out, quantiles)
-        say_calibrated(args.out, quantiles)
-        os.unlink(files.resume_path)
-    if with_table:
+        finish_run(args, config, model, gates, files, make_held_out)
+    if config.tasks or not args.data or is_bundled(args):
         final_table(model, text, gates, args, config)
     return 0
 
 
+def fit_lengths(args, config, model):
+    """The config with its final --seq-len, checked."""
+    positions = model.config.max_positions
+    if args.seq_len is None:                # a preset's lengths, as far as the model knows them
+        known = tuple(n for n in config.seq_len if n <= positions)
+        config = replace(config, seq_len=known or (positions,))
+    check_lengths(config)
+    if max(config.seq_len) > positions:
+        say(f"warning: --seq-len {max(config.seq_len)}, and {args.model} was trained for "
+            f"{positions:,} positions")
+    return config
+
+
+def resume(args, files):
+    """The steps done by an earlier run, whose state is loaded if --resume asks for it; else 0."""
+    state_exists = os.path.lexists(files.resume_path)
+    done = files.load() if args.resume and state_exists else 0
+    if args.resume and state_exists:
+        say(f"{files.resume_path}: continuing after step {done}")
+    elif args.resume:
+        say(f"{files.resume_path} is not there: starting at step 1")
+    elif state_exists:
+        say(f"{files.resume_path} is there, from a run that was not completed: it will be "
+            "removed (--resume would continue it)")
+    return done
+
+
+def finish_run(args, config, model, gates, files, make_held_out):
+    """Validate the gates in OUT, add their quantiles, and remove the state: the run is complete."""
+    files.log(dict(validation=validate(model, gates, make_held_out, config)))
+    longest = max(min(model.config.max_positions, LONGEST), *config.seq_len)
+    quantiles = measure_quantiles(model, gates, make_held_out, min(config.seq_len), longest,
+                                  config.seed)
+    write_quantiles(args.out, quantiles)
+    say_calibrated(args.out, quantiles)
+    os.unlink(files.resume_path)
+
+
 def run_settings(config, model, documents):
-    """What must be the same for a run to be continued. Not the path of --data: that may change."""
+    """What must be the same for a run to be continued. Not the path of --data: that may change.
+
+    documents: those of --data, or the prose that the model has written.
+    """
     data = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
     return dict(json.loads(json.dumps(asdict(config))), model=fingerprint(model),
                 dtype=str(model.dtype), data=data)
@@ -1097,17 +1234,22 @@ def write_gates(args, config, model, files, done, why):
     elif why == "interrupted":
         say(f"\ninterrupted: {written}; --resume continues there")
     else:
-        raise UserError(f"{why}; {written + '; ' if done else ''}a lower --lr than {config.lr} may "
-                        "help")
+        if done:
+            why += f"; {written}"
+        raise UserError(f"{why}; a lower --lr than {config.lr} may help")
 
 
 def main(argv=None):
     args, config = parse(argv)
-    if args.convert:
-        convert(args)
-        return 0
-    if args.calibrate:
-        calibrate(args, config)
+    if args.convert is not None or args.calibrate is not None:
+        # The work of one process: torchrun's others would write the same file.
+        if torchrun_processes() > 1 and os.environ["RANK"] != "0":
+            return 0
+        say_unused(args, config)
+        if args.convert is not None:
+            convert(args)
+        else:
+            calibrate(args, config)
         return 0
     with process_group(args):
         return run(args, config)

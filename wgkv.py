@@ -11,9 +11,10 @@ gate g[j],
 
     visible(i, j)  =  j <= i  and  ( i - j < W  or  g[j] >= tau )
 
-and attention is softmax attention over the visible keys. All inference below computes this, to
-rounding, however a token sequence is split into calls: one prefill, chunks of any size, token by
-token, a second turn on a used cache. (Training, at the end, softens it.)
+and attention is softmax attention over the visible keys. DualCache computes this, to rounding,
+however a token sequence is split into calls: one prefill, chunks of any size, token by token, a
+second turn on a used cache. (A budget or a selection, both off unless you ask for them, changes the
+definition; their sections say how. Training, at the end, softens it.)
 
     a new token --> ring of W places --> g >= tau? --yes--> pages of P tokens, in order
                     place = pos mod W        |
@@ -29,12 +30,17 @@ SOME WORDS. A token is *admitted* if its gate reached tau, *refused* if not. An 
 until it is *evicted*, which only a cache with a budget does. The share a cache *keeps* is the bytes
 it uses over the bytes a dense cache would use.
 
-THE LETTERS. B sequences, T new tokens, S tokens seen so far, Hq query heads, Hkv KV heads,
-G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
-columns of a page table (a row's list of pages), N pages in the pool. Tensors are (B, heads, T, D).
 A *row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
-A *place* is an index in a row's list of pages, a *slot* an index in the pool. *Twin* names the
-function of kernels.py (or, there, of this file) that computes the same.
+A *place* is an index in a row's list of pages, a *slot* an index in the pool. A *call* is one
+forward pass, a *step* a call of decode, with one new token a sequence. A step's *plan* says which
+pages it reads. On a GPU a step is *captured* as a CUDA graph, and then *replayed*. A *view* is a
+cache of some sequences of another cache. *Twin* names the function of kernels.py (or, there, of
+this file) that computes the same.
+
+THE LETTERS. B sequences, T new tokens, S keys that a call attends to, Hq query heads, Hkv KV heads,
+G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
+columns of a page table (a row's list of pages), N pages in the pool; n is how many there are of
+what the text names. Tensors are (B, heads, T, D).
 
     python wgkv.py        shows the definition on 16 tokens, and the cache after each of them
 
@@ -47,11 +53,13 @@ import copy
 import hashlib
 import math
 import types
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint as recompute
 
 import files
 from common import UserError, all_reduce_sum
@@ -92,17 +100,22 @@ def dense_attention(q, k, v, mask):
 
 # --------------------------------------------------------------------- the method in thirty lines
 
+class Token(NamedTuple):
+    position: int
+    k: torch.Tensor             # (D), after RoPE
+    v: torch.Tensor             # (D)
+    g: float
+
+
 class SimpleCache:
     """One head of one sequence, in Python lists. All that follows is this, fast and for many rows.
-
-    A token is (position, k (D), v (D), g), with k after RoPE.
     """
 
     def __init__(self, window, tau):
         self.window = window
         self.tau = tau
         self.ring = []          # the last `window` tokens (a queue; DualCache has places)
-        self.pages = []         # admitted tokens that have left the window, oldest first
+        self.promoted = []      # admitted tokens that have left the window, oldest first
 
     def step(self, q, token):
         """Add one token, and return the attention output (D) of its query q (D)."""
@@ -110,13 +123,13 @@ class SimpleCache:
             leaving = self.ring.pop(0)
             # Why only now? Inside the window a token is visible whatever its gate says; copied any
             # earlier it would be seen twice.
-            if leaving[3] >= self.tau:
-                self.pages.append(leaving)
+            if leaving.g >= self.tau:
+                self.promoted.append(leaving)
         self.ring.append(token)
 
-        tokens = self.pages + self.ring
-        keys = torch.stack([k for _, k, _, _ in tokens])                    # (n, D)
-        values = torch.stack([v for _, _, v, _ in tokens])
+        tokens = self.promoted + self.ring
+        keys = torch.stack([token.k for token in tokens])                   # (n, D)
+        values = torch.stack([token.v for token in tokens])
         weights = (keys @ q / math.sqrt(len(q))).softmax(dim=0)             # (n)
         return weights @ values
 
@@ -129,13 +142,13 @@ def demo():
           "admitted. The stripes are the admitted keys, the slash is the window:\n")
     for i, row in enumerate(visible_mask(g[None, None], window, tau)[0, 0].tolist()):
         print(f"{i:6}  " + " ".join("#" if seen else "." for seen in row[:i + 1]))
-    print("\nThe same, token by token:\n\n   token   ring            pages")
+    print("\nThe same, token by token:\n\n   token   ring            promoted")
     cache = SimpleCache(window, tau)
     for i in range(16):
-        cache.step(torch.zeros(2), (i, torch.zeros(2), torch.zeros(2), g[i].item()))
-        ring = " ".join(f"{position:2}" for position, *_ in cache.ring)
-        pages = " ".join(f"{position}" for position, *_ in cache.pages)
-        print(f"  {i:6}   {ring:14}  {pages or '-'}")
+        cache.step(torch.zeros(2), Token(i, torch.zeros(2), torch.zeros(2), g[i].item()))
+        ring = " ".join(f"{token.position:2}" for token in cache.ring)
+        promoted = " ".join(str(token.position) for token in cache.promoted)
+        print(f"  {i:6}   {ring:14}  {promoted or '-'}")
 
 
 # ------------------------------------------------------------------------------------------ gates
@@ -172,28 +185,27 @@ class Gate(nn.Module):
         return gate(self, k, k_rotated)
 
 
-def gate(parameters, k, k_rotated):
+def gate(p, k, k_rotated):
     """The gates g (B, H, T) fp32 of keys k, k_rotated (B, H, T, D).
 
-    parameters: a Gate, or all layers' (`Gates.stacked`), whose heads stand one layer after the
-    other: H = L Hkv.
+    p: the parameters. A Gate, or all layers' (`Gates.stacked`), whose heads stand one layer after
+    the other: H = L Hkv.
     """
     kernels = kernels_for(k)
     if kernels and not torch.is_grad_enabled():             # the kernel has no backward pass
-        return kernels.gate(parameters, k, k_rotated)
-    p = parameters
+        return kernels.gate(p, k, k_rotated)
     B, H, T, D = k.shape
     x = torch.stack((k, k_rotated), dim=-2).float()                         # (B, H, T, 2, D)
     x = F.rms_norm(x, (D,), eps=1e-6)
     norms = torch.stack((p.pre_norm.view(-1, D), p.post_norm.view(-1, D)), dim=1)   # (L, 2, D)
-    x = x.view(B, len(norms), -1, T, 2, D) * norms[:, None, None]
+    x = x.view(B, len(norms), -1, T, 2, D) * norms[:, None, None]           # (B, L, Hkv, T, 2, D)
 
     # Each head has matrices of its own: one batched product, with the heads as its batch.
     x = x.view(B, H, T, 2 * D).transpose(0, 1).reshape(H, B * T, 2 * D)
     h = torch.baddbmm(p.b1[:, None], x, p.w1.transpose(1, 2))               # (H, B * T, E * D)
     h = F.gelu(h)
     g = torch.baddbmm(p.b2[:, None, None], h, p.w2[:, :, None])             # (H, B * T, 1)
-    g = g.float().sigmoid()
+    g = g.float().sigmoid()     # float: under training's autocast the two products are bf16
     return g.view(H, B, T).transpose(0, 1)                                  # (B, H, T)
 
 
@@ -238,6 +250,8 @@ class Gates(nn.Module):
 
         In decode one call then replaces L.
         """
+        # Anew too where the parameters have moved (to another device, or by a deepcopy) and are no
+        # longer views of the stack.
         first = self.layers[0]
         if self.stack is None or self.stack.w1.data_ptr() != first.w1.data_ptr():
             self.stack = types.SimpleNamespace()
@@ -245,16 +259,16 @@ class Gates(nn.Module):
                 parts = [getattr(layer, name) for layer in self.layers]
                 together = torch.cat([p.detach() for p in parts])
                 setattr(self.stack, name, together)
-                # The layers' parameters become views of it: nothing is held twice, and training or
-                # loading changes both.
+                # The layers' parameters become views of it: nothing is in memory twice, and
+                # training or loading changes both.
                 for p, view in zip(parts, together.chunk(len(parts))):
                     p.data = view
 
-        def gates(k, k_rotated, positions):
+        def gate_all_layers(k, k_rotated, positions):
             g = gate(self.stack, k.flatten(1, 2), k_rotated.flatten(1, 2))  # (B, L * Hkv, T)
             return g.unflatten(1, (len(self.layers), -1))
 
-        return gates
+        return gate_all_layers
 
     def identity(self):
         """A hash of all parameters: a saved cache is no use to other gates."""
@@ -317,8 +331,8 @@ class PagePool:
     """Pages of P tokens for all rows of all layers, and a stack of the free ones.
 
         k, v (N, P, D)         keys after RoPE, and values
-        g    (N, P) fp32       the token's gate, needed again when it leaves the ring
-        pos  (N, P) int32      its position, for pictures and tests (g and pos together: 8 bytes)
+        g    (N, P) fp32       the token's gate: asked when it leaves the ring, and by eviction
+        pos  (N, P) int32      its position: for eviction, saved caches and pictures
         low, high (N, D)       channelwise least and largest key of a full page, for selection only
         free (N) int32         ids of free pages: a stack; num_free (1) int32 is its height
 
@@ -327,10 +341,10 @@ class PagePool:
     what it finds is masked.
     """
 
-    def __init__(self, D, dtype, device, bounds=False):
+    def __init__(self, D, dtype, device, key_ranges=False):
         self.D = D
         self.names = ["k", "v", "g", "pos", "free"]         # tensors with an entry for each page
-        if bounds:
+        if key_ranges:
             self.names += ["low", "high"]
             self.low = torch.zeros(1, D, dtype=dtype, device=device)
             self.high = torch.zeros(1, D, dtype=dtype, device=device)
@@ -364,7 +378,7 @@ class PagePool:
         self.num_free += pages
 
     def take(self, pages):
-        """Ids of free pages, off the top of the stack. (On a GPU: kernels.take_pages.)"""
+        """Ids of free pages, off the top of the stack. Twin: kernels.take_pages."""
         height = int(self.num_free)
         assert height >= pages, f"{pages} pages wanted, {height} are free"
         self.num_free -= pages
@@ -398,19 +412,6 @@ class PagePool:
 
 # At a first reading `begin`, `end` and num_tokens of Cache are enough; then go on with DualCache.
 
-class Shared:
-    """An attribute that a view has in common with its base, to read and to set."""
-
-    def __set_name__(self, owner, name):
-        self.name = f"_{name}"
-
-    def __get__(self, cache, owner):
-        return getattr(cache.base, self.name)
-
-    def __set__(self, cache, value):
-        setattr(cache.base, self.name, value)
-
-
 class Cache:
     """What both caches share: lengths, positions, views of some sequences, reserved room.
 
@@ -419,13 +420,6 @@ class Cache:
     a larger one, so only the base holds it; everything else is updated in place. One call at a
     time.
     """
-    expected = Shared()     # tokens that each sequence will hold, where someone has said so
-    room = Shared()         # (first, count, tokens): these sequences have room for so many more
-    in_call = Shared()      # the sequences (first, count) of a call that has not ended
-    in_decode = Shared()    # inside `decoding`
-    reallocations = Shared()    # how often a tensor of the cache was replaced by a larger one:
-                            # where it has changed, a CUDA graph must be captured anew
-    most_steps = Shared()   # how many steps one `reserve` can be asked for
 
     def __init__(self, model, batch=1):
         c = model.config
@@ -442,12 +436,16 @@ class Cache:
         self.first = 0              # its first sequence in there
         self.B = batch
         self.all_num_tokens = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.expected = [0] * batch
-        self.room = (0, batch, 0)
-        self.in_call = None
-        self.in_decode = False
-        self.reallocations = 0
-        self.most_steps = 1024
+        # What a cache and its views have in common: one object, to which all of them point.
+        self.shared = types.SimpleNamespace(
+            expected=[0] * batch,   # tokens that each sequence will have, where someone has said so
+            room=(0, batch, 0),     # (first, count, tokens): these sequences have room for so many
+            in_call=None,           # the sequences (first, count) of a call that has not ended
+            in_decode=False,        # inside `decoding`
+            most_steps=1024,        # how many steps one `reserve` can be asked for
+            # How often a tensor of the cache was replaced by a larger one. Where that has changed,
+            # a CUDA graph must be captured anew.
+            reallocations=0)
 
     @property
     def base(self):
@@ -478,7 +476,7 @@ class Cache:
         lengths (B): how many of the T are valid, in each sequence; the rest is padding on the
         right.
         """
-        if self.in_call:
+        if self.shared.in_call:
             raise RuntimeError("the last call on this cache did not reach its end: some layers "
                                "have its tokens, others do not. reset() the cache.")
         num_tokens = self.num_tokens
@@ -490,19 +488,19 @@ class Cache:
         self.positions = num_tokens[:, None] + torch.arange(T, device=self.device)
         self.ensure_room(T)
         self.take_room(T)
-        self.in_call = (self.first, self.B)
+        self.shared.in_call = (self.first, self.B)
         return self.positions
 
     def end(self):
         self.num_tokens.add_(self.num_new)      # in place: a captured step finds it where it was
-        self.in_call = None
+        self.shared.in_call = None
 
     def ensure_room(self, tokens):
         """Make room for so many more tokens a sequence, if these sequences do not have it.
 
         For 64 at least: that is one page a row, and one synchronization in 64 decode steps.
         """
-        first, count, room = self.room
+        first, count, room = self.shared.room
         if (first, count) != (self.first, self.B) or room < tokens:
             room = max(tokens, P)
             self.make_room(room)
@@ -512,15 +510,15 @@ class Cache:
         """Note that a call has used room. A replayed CUDA graph runs no Python, so whoever
         replays it must call this.
         """
-        self.set_room(self.room[2] - tokens)
+        self.set_room(self.shared.room[2] - tokens)
 
     def set_room(self, tokens):
         """Note that these sequences have room. Others may have lost theirs: all share one pool."""
-        self.room = (self.first, self.B, tokens)
+        self.shared.room = (self.first, self.B, tokens)
 
     def expect(self, tokens):
         """A hint before long prompts: how many tokens each sequence will hold after it, a list."""
-        self.expected[self.first:self.first + self.B] = tokens
+        self.shared.expected[self.first:self.first + self.B] = tokens
 
     @contextlib.contextmanager
     def reserve(self, steps):
@@ -531,7 +529,8 @@ class Cache:
         kernels, not Python: the check for room in `begin` does not run, and the pool must not
         move under it. So who replays a graph calls `ensure_room` before and `take_room` after.
         """
-        assert steps <= self.most_steps, f"{steps} steps reserved, at most {self.most_steps}"
+        most = self.shared.most_steps
+        assert steps <= most, f"{steps} steps reserved, at most {most}"
         self.make_room(steps)
         self.set_room(steps)
         try:
@@ -545,30 +544,31 @@ class Cache:
 
         Outside it may be a prompt's last chunk, which reads all that the cache holds.
         """
-        before = self.in_decode
-        self.in_decode = True
+        before = self.shared.in_decode
+        self.shared.in_decode = True
         try:
             yield
         finally:
-            self.in_decode = before
+            self.shared.in_decode = before
 
     def reset(self):
         """Forget everything (a view: its sequences; a tau that a budget has raised stays risen)."""
         self.num_tokens.zero_()
         self.expect([0] * self.B)
         self.set_room(0)
-        first, count = self.in_call or (self.first, 0)
+        first, count = self.shared.in_call or (self.first, 0)
         if self.first <= first and first + count <= self.first + self.B:
-            self.in_call = None        # what a broken call left behind goes too
+            self.shared.in_call = None     # what a broken call left behind goes too
         self.forget()
 
     def copy_of_base(self):
         """What `clone` begins with: tensors are still shared, lists are not."""
         assert self.view_of is None, "a view cannot be cloned"
         other = copy.copy(self)
-        other.expected = list(self.expected)
-        other.room = (0, self.B, 0)
-        other.in_decode = False
+        other.shared = copy.copy(self.shared)
+        other.shared.expected = list(self.shared.expected)
+        other.shared.room = (0, self.B, 0)
+        other.shared.in_decode = False
         return other
 
     def dense_bytes(self):
@@ -592,6 +592,7 @@ class Cache:
         return files.load_cache(self, path, model)
 
     def rotate(self, q, k, cos, sin):
+        """q and k after RoPE; in PyTorch as one tensor, which is one pass instead of two."""
         if self.kernels:
             return self.kernels.rotate(q, k, cos, sin)
         return rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
@@ -627,16 +628,17 @@ class DenseCache(Cache):
         capacity = base.k[0].shape[2]
         if needed <= capacity:
             return
-        capacity = pages_for(max(needed, *self.expected, capacity + capacity // 4)) * P
-        self.reallocations += 1
+        capacity = pages_for(max(needed, *self.shared.expected, capacity + capacity // 4)) * P
+        self.shared.reallocations += 1
         for layers in (base.k, base.v):
-            for layer in range(self.L):         # one at a time: nothing else is held twice
+            for layer in range(self.L):         # one at a time: no other is in memory twice
                 layers[layer] = F.pad(layers[layer], (0, 0, 0, capacity - layers[layer].shape[2]))
 
     def begin(self, T, lengths=None):
         positions = super().begin(T, lengths)
         if T == 1 and self.kernels:
-            # All layers share one page table, one set of counts and one plan.
+            # All layers share one page table, one set of counts and one plan. There is no ring: all
+            # tokens count as promoted.
             pages = self.base.k[0].shape[2] // P
             table = torch.arange(self.base.B * self.Hkv * pages, device=self.device).int()
             table = table.view(self.base.B, self.Hkv, pages)
@@ -665,7 +667,7 @@ class DenseCache(Cache):
         self.base.v[layer][b, :, self.positions] = v.transpose(1, 2)
         keys = self.base.k[layer][self.first:self.first + self.B, :, :self.longest]
         values = self.base.v[layer][self.first:self.first + self.B, :, :self.longest]
-        return self.attention(q, keys, values)
+        return self.causal_attention(q, keys, values)
 
     def settings(self):
         """What a saved cache must have in common with one that loads it."""
@@ -692,7 +694,7 @@ class DenseCache(Cache):
             for start, stop, part in files.finite_parts(path, file, name, 1, self.device):
                 x[layer][start:stop, :, :S] = part
 
-    def attention(self, q, keys, values):
+    def causal_attention(self, q, keys, values):
         """Causal attention of the T last tokens, by the fastest way that the lengths allow."""
         T = q.shape[2]
         S = self.longest
@@ -739,10 +741,6 @@ class DualCache(Cache):
     loop over one page table in decode. A row wastes less than a page at its end (at most 63 tokens,
     17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
     """
-    most_pages = Shared()       # a budget's bound: pages of promoted tokens, of all rows together
-    tau_now = Shared()          # the threshold in force: tau, or higher after an eviction by gate
-    num_evicted = Shared()      # tokens that were evicted
-    num_evictions = Shared()    # how often
 
     def __init__(self, model, admission, batch=1, window=None, tau=None, budget=None,
                  evict_by="gate", select=None):
@@ -758,7 +756,7 @@ class DualCache(Cache):
         self.window = getattr(admission, "window", 256) if window is None else window
         self.tau = getattr(admission, "tau", 0.1) if tau is None else tau
         assert self.window >= 1, f"a window of {self.window}: every token must see itself"
-        assert self.tau >= 0, f"tau {self.tau}: below 0 are the gates that nothing lets through"
+        assert self.tau >= 0, f"tau {self.tau}: it must be at least 0, since {REFUSED} is refused"
         assert evict_by in EVICTION_SCORES, f"evict_by {evict_by!r}, not {list(EVICTION_SCORES)}"
         self.R = pages_for(self.window)
 
@@ -768,7 +766,7 @@ class DualCache(Cache):
             if self.chosen_pages < 1:
                 raise UserError(f"selecting {select} tokens is too few: the window's pages and one "
                                 f"more have {(self.R + 1) * P}")
-        self.pool = PagePool(self.D, self.dtype, self.device, bounds=select is not None)
+        self.pool = PagePool(self.D, self.dtype, self.device, key_ranges=select is not None)
         rings = self.L * batch * self.Hkv * self.R
         self.pool.grow(rings)
         self.all_page_table = self.pool.take(rings).view(self.L, batch, self.Hkv, self.R)
@@ -776,11 +774,11 @@ class DualCache(Cache):
         self.pool.g[self.all_page_table.long()] = -math.inf         # no slot holds a token
 
         # On the device too, where a captured step finds its present value.
-        self.tau_now = self.tau
+        self.shared.tau_now = self.tau
         self.tau_on_device = torch.full((1,), self.tau, dtype=torch.float32, device=self.device)
-        self.num_evicted = 0
-        self.num_evictions = 0
-        self.most_pages = None
+        self.shared.num_evicted = 0
+        self.shared.num_evictions = 0
+        self.shared.most_pages = None
         self.evict_by = evict_by
         self.queries = None
         if budget is not None:
@@ -798,7 +796,7 @@ class DualCache(Cache):
     @admission.setter
     def admission(self, policy):
         self._admission = policy
-        self.reallocations += 1         # a captured step has the old one's parameters
+        self.shared.reallocations += 1      # a captured step has the old one's parameters
         # For decode the gates of all layers in one call; None if the policy has only `gate`.
         stacked = getattr(policy, "stacked", None)
         self.all_gates = stacked() if stacked else None
@@ -814,8 +812,8 @@ class DualCache(Cache):
     def forget(self):
         """Promoted tokens' pages go back to the free stack; rings keep theirs, emptied."""
         if self.view_of is None:
-            self.num_evicted = 0
-            self.num_evictions = 0
+            self.shared.num_evicted = 0
+            self.shared.num_evictions = 0
             self.set_tau(self.tau)
         table = self.page_table
         columns = torch.arange(table.shape[3] - self.R, device=self.device)
@@ -854,24 +852,29 @@ class DualCache(Cache):
         extra = pages_for(tokens)
         base = self.base
         wanted = self.L * self.B * self.Hkv * extra
-        if self.most_pages is not None:
-            wanted = base.within_budget(wanted, self.B * self.Hkv * extra, evict=tokens <= P)
-        # `longest`: the pages of the longest row.
-        asked = (self.pool.num_free[0], pages_for(self.counts.max()), base.all_counts.sum(),
-                 (base.all_num_tokens - self.window).clamp(min=0).sum())
-        num_free, longest, promoted, departed = torch.stack([n.long() for n in asked]).tolist()
+        limit = self.shared.most_pages
+        if limit is not None:
+            # This may evict, since a captured step cannot.
+            wanted = base.free_pages_needed(wanted, self.B * self.Hkv * extra, evict=tokens <= P)
+        num_free = self.pool.num_free[0].long()
+        longest = pages_for(self.counts.max())          # pages of the longest row
+        promoted = base.all_counts.sum()
+        departed = (base.all_num_tokens - self.window).clamp(min=0).sum()
+        # One synchronization for all four.
+        numbers = torch.stack((num_free, longest, promoted, departed)).tolist()
+        num_free, longest, promoted, departed = numbers
         if num_free < wanted:
             larger = self.pool_size(wanted, promoted, departed)
-            if self.most_pages is not None:         # a budget's pages, and one layer's beyond them
+            if limit is not None:               # a budget's pages, and one layer's beyond them
                 rings = base.L * base.B * self.Hkv * self.R
-                larger = min(larger, 1 + rings + self.most_pages + self.B * self.Hkv * extra)
+                larger = min(larger, 1 + rings + limit + self.B * self.Hkv * extra)
             self.pool.grow(max(wanted - num_free, larger - len(self.pool.k)))
-            self.reallocations += 1
+            self.shared.reallocations += 1
         columns = self.R + longest + extra
         table = base.all_page_table
         if table.shape[3] < columns:
             base.all_page_table = F.pad(table, (0, columns + columns // 4 - table.shape[3]))
-            self.reallocations += 1
+            self.shared.reallocations += 1
 
     def pool_size(self, wanted, promoted, departed):
         """The least size, in pages, of a pool that has to grow.
@@ -884,13 +887,13 @@ class DualCache(Cache):
         departed: how many tokens have left the windows, over all sequences. Only those count.
         """
         pages = len(self.pool.k)
-        in_the_end = sum(max(0, tokens - self.window) for tokens in self.expected)
-        if in_the_end <= departed or departed == 0:
+        will_depart = sum(max(0, tokens - self.window) for tokens in self.shared.expected)
+        if will_depart <= departed or departed == 0:
             return pages + pages // 10
         rows = self.L * self.base.B * self.Hkv
-        tokens = promoted * in_the_end // departed
-        at_the_end = pages_for(tokens) + rows           # each row's last page is a partial one
-        return rows * self.R + at_the_end + at_the_end // 25 + wanted
+        will_be_promoted = promoted * will_depart // departed       # at the rate so far
+        needed = pages_for(will_be_promoted) + rows     # each row's last page is a partial one
+        return rows * self.R + needed + needed // 25 + wanted
 
     def ring_slots(self, table, positions):
         """Flat slots (..., Hkv, n) in the pool where tokens at positions (B, n) lie in their rings.
@@ -931,7 +934,7 @@ class DualCache(Cache):
         self.slots = self.ring_slots(self.page_table, self.positions)       # (L, B, Hkv, 1)
         leaving = (self.num_tokens >= self.window) & (self.num_new > 0)     # (B)
         g = self.pool.g.view(-1)[self.slots]                                # (L, B, Hkv, 1)
-        promote_mask = leaving[:, None, None] & (g >= self.tau_now)
+        promote_mask = leaving[:, None, None] & (g >= self.shared.tau_now)
         if promote_mask.any():
             tokens = self.pool.read(self.slots)
             self.promote(self.page_table, self.counts, promote_mask, *tokens)
@@ -940,13 +943,13 @@ class DualCache(Cache):
         """Append the tokens where promote_mask is True to their rows' lists, in order.
 
         table (n, B, Hkv, M) and counts (n, B, Hkv) of n layers, updated in place; promote_mask, g
-        and pos (n, B, Hkv, T), k, v (n, B, Hkv, T, D). The kernels' twin: promote.
+        and pos (n, B, Hkv, T), k, v (n, B, Hkv, T, D). Twin: kernels.promote.
         """
-        # Each promoted token's number in its list, from 1; elsewhere it means nothing. A row of 63
-        # tokens with the mask 1 0 1 has numbers 64 64 65: the first goes to the last slot of its
-        # old page, the other needs a new one.
-        numbers = counts[..., None] + promote_mask.cumsum(-1)
-        after = numbers[..., -1]
+        # How long each row's list is with this token in it. A row of 63 tokens with the mask 1 0 1
+        # has lengths 64 64 65: the first goes to the last slot of its old page, the other needs a
+        # new one. (Where the mask is False, the number is not used.)
+        lengths = counts[..., None] + promote_mask.cumsum(-1)               # (n, B, Hkv, T)
+        after = lengths[..., -1]
         # A row's list grows from `have` pages to `need`: its new entries get free pages.
         column = torch.arange(table.shape[3] - self.R, device=self.device)
         have = pages_for(counts)[..., None]
@@ -957,10 +960,10 @@ class DualCache(Cache):
         counts.copy_(after)
 
         layer, b, h, _ = promote_mask.nonzero().unbind(1)
-        n = numbers[promote_mask] - 1                               # the token's number in its list
+        n = lengths[promote_mask] - 1       # the token's number in its list, from 0
         slots = table[layer, b, h, self.R + n // P].long() * P + n % P
         self.pool.write(slots, *(x[promote_mask] for x in (k, v, g, pos)))
-        self.bound_pages(table, counts_before, counts)
+        self.update_key_ranges(table, counts_before, counts)        # for selection only
 
     # ------------------------------------------------------------------------------ in each layer
 
@@ -982,33 +985,63 @@ class DualCache(Cache):
         new token t arrives:
 
             band index      0 ... W-1   |   W ... W+T-1
-            position        S-W ... S-1 |   S ... S+T-1         (S tokens before the call)
+            position        n-W ... n-1 |   n ... n+T-1         (n tokens before the call)
         """
-        T = q.shape[2]
         W = self.window
         table = self.page_table[layer]
-        counts = self.counts[layer]
-        # 1. The band. In a short text old_pos begins below 0; those places are empty, with the gate
-        # -inf.
-        old_pos = self.num_tokens[:, None] - W + torch.arange(W, device=self.device)    # (B, W)
-        ring_k, ring_v, ring_g, ring_pos = self.pool.read(self.ring_slots(table, old_pos))
+        # 1. The band. In a short text the ring's positions begin below 0. Those places are empty,
+        # with the gate -inf.
+        positions = self.num_tokens[:, None] + torch.arange(-W, 0, device=self.device)  # (B, W)
+        ring_k, ring_v, ring_g, _ = self.pool.read(self.ring_slots(table, positions))
         band_k = torch.cat((ring_k, k), dim=2)                              # (B, Hkv, W + T, D)
         band_v = torch.cat((ring_v, v), dim=2)
-        band_g = torch.cat((ring_g, g), dim=2)      # (B, Hkv, W + T), -inf at positions < 0
-        # 2. Promote what leaves: band index t when new token t arrives. With W = 4 and T = 6 these
-        # are the four tokens of the ring, and the call's own tokens 0 and 1 (band indices 4 and 5).
+        band_g = torch.cat((ring_g, g), dim=2)                              # (B, Hkv, W + T)
+
+        # 2. Promotion.
+        num_old = self.promote_from_band(layer, band_k, band_v, band_g)     # (B, Hkv, T)
+
+        # 3. Attention.
+        tau = self.shared.tau_now
+        if self.kernels:
+            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
+                                               table[..., self.R:], num_old, W, tau)
+        else:
+            # Each row's pages as one list: refused keys are neither read nor multiplied.
+            old_k = self.all_rows(self.pool.k, layer)
+            old_v = self.all_rows(self.pool.v, layer)
+            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, tau)
+
+        # 4. The ring takes the newest W tokens of the band: from index num_new of it on.
+        newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
+        positions = self.num_tokens[:, None] - W + newest
+        slots = self.ring_slots(table, positions)                           # (B, Hkv, W)
+        new_k, new_v, new_g = [gather_tokens(x, newest) for x in (band_k, band_v, band_g)]
+        self.pool.write(slots, new_k, new_v, new_g, positions[:, None].expand_as(slots))
+        return y
+
+    def promote_from_band(self, layer, band_k, band_v, band_g):
+        """Step 2 of `prefill`. Band index t leaves the window when new token t arrives.
+
+        With W = 4 and T = 6 these are the four tokens of the ring, and the call's own tokens 0 and
+        1 (band indices 4 and 5). Under a budget it may evict, and change band_g.
+
+        Returns num_old (B, Hkv, T), how many *old* tokens there are for new token t: promoted, and
+        outside its window. Tokens that are promoted later in this call stand after them in the
+        list; t still has those in its window, and reads them from the band.
+        """
+        T = band_g.shape[2] - self.window
+        table = self.page_table[layer]
+        counts = self.counts[layer]
         valid = torch.arange(T, device=self.device) < self.num_new[:, None, None]
-        promote_mask = (band_g[:, :, :T] >= self.tau_now) & valid      # (B, Hkv, T)
-        # The *old* tokens of new token t: promoted, and outside its window. Tokens that are
-        # promoted later in this call stand after them in the list; t still has those in its
-        # window, and reads them from the band.
+        promote_mask = (band_g[:, :, :T] >= self.shared.tau_now) & valid    # (B, Hkv, T)
         num_old = counts[..., None] + promote_mask.cumsum(-1)
-        band_pos = torch.arange(-W, T, device=self.device) + self.num_tokens[:, None]   # (B, W + T)
+        band_index = torch.arange(band_g.shape[2], device=self.device)
+        band_pos = self.num_tokens[:, None] - self.window + band_index      # (B, W + T)
         if self.kernels:
             counts_before = counts.clone()
             self.kernels.promote(self.pool, table, counts, promote_mask, num_old, band_k, band_v,
                                  band_g, band_pos, self.R)
-            self.bound_pages(table, counts_before, counts)
+            self.update_key_ranges(table, counts_before, counts)
         else:
             pos = band_pos[:, None, :T].expand_as(promote_mask)
             leaving = (promote_mask, band_k[:, :, :T], band_v[:, :, :T], band_g[:, :, :T], pos)
@@ -1023,61 +1056,52 @@ class DualCache(Cache):
             held = self.held_of_band(layer, T)                              # (B, Hkv, T) bool
             band_g[:, :, :T].masked_fill_(promote_mask, REFUSED).masked_fill_(held, math.inf)
             num_old = counts[..., None] - held.sum(-1, keepdim=True) + held.cumsum(-1)
-
-        # 3. Attention.
-        tau = self.tau_now
-        if self.kernels:
-            y = self.kernels.prefill_attention(q, band_k, band_v, band_g, self.pool.k, self.pool.v,
-                                               table[..., self.R:], num_old, W, tau)
-        else:
-            # Each row's pages as one list: refused keys are neither read nor multiplied.
-            old_k = self.all_rows(self.pool.k, layer)
-            old_v = self.all_rows(self.pool.v, layer)
-            y = banded_attention(q, band_k, band_v, band_g, old_k, old_v, num_old, W, tau)
-
-        # 4. The ring takes the newest W tokens of the band: from index num_new of it on.
-        newest = self.num_new[:, None] + torch.arange(W, device=self.device)            # (B, W)
-        slots = self.ring_slots(table, newest + self.num_tokens[:, None] - W)       # (B, Hkv, W)
-        pos = band_pos.gather(1, newest)[:, None].expand(-1, self.Hkv, -1)
-        self.pool.write(slots, *(gather_tokens(x, newest) for x in (band_k, band_v, band_g)), pos)
-        return y
+        return num_old
 
     def decode(self, layer, q, k, v, cos, sin):
         """One new token a sequence: into its ring, and then attention over the row's whole list.
 
         `begin` has promoted the token whose place it takes. Its own gate comes in `end`.
         """
-        table = self.page_table[layer]
-        pool = self.pool
         self.step_keys.append(k)
-        if self.kernels:
-            q = self.kernels.rotate_and_write(q, k, v, cos, sin, pool.k, pool.v, table,
-                                              self.num_tokens, self.num_new, self.window, pool.pos)
-        else:
-            q, k = self.rotate(q, k, cos, sin)
-            slots = self.slots[layer]                                       # (B, Hkv, 1)
-            pos = self.positions[:, None].expand_as(slots)
-            if self.padded:             # a sequence without a new token writes nothing
-                active = self.num_new > 0
-                slots, k, v, pos = (x[active] for x in (slots, k, v, pos))
-            pool.write(slots, k, v, None, pos)
+        q = self.write_new_token(layer, q, k, v, cos, sin)
         if self.base.queries is not None:
             self.record_queries(layer, q)
+        table = self.page_table[layer]
         if self.kernels:
             if self.selects():
-                table = self.kernels.select_pages(q, pool, table, self.counts[layer], self.R,
+                table = self.kernels.select_pages(q, self.pool, table, self.counts[layer], self.R,
                                                   self.chosen_pages)
-            return self.kernels.decode_attention(q, pool.k, pool.v, table, self.plan, layer)
-        if self.selects():
-            table = self.select_pages(layer, q)[None]
-            pages, owner, masked = (x[0] for x in self.plan_decode(table, self.attended()[[layer]]))
+            return self.kernels.decode_attention(q, self.pool.k, self.pool.v, table, self.plan,
+                                                 layer)
+        if self.selects():          # the pages depend on q, so this layer needs a plan of its own
+            table = self.select_pages(layer, q)[None]               # (1, B, Hkv, R + chosen)
+            counts = self.attended()[layer:layer + 1]               # (1, B, Hkv)
+            plan = self.plan_decode(table, counts)
+            pages, row, unseen = [tensors[0] for tensors in plan]
         else:
-            pages, owner, masked = (x[layer] for x in self.plan)
+            pages, row, unseen = [tensors[layer] for tensors in self.plan]
         q = q.reshape(self.B * self.Hkv, -1, self.D)                        # (rows, G, D)
         k = self.pool.k.index_select(0, pages)                              # (n, P, D)
         v = self.pool.v.index_select(0, pages)
-        y = paged_attention(q, k, v, owner, masked)
+        y = paged_attention(q, k, v, row, unseen)
         return y.view(self.B, -1, 1, self.D)
+
+    def write_new_token(self, layer, q, k, v, cos, sin):
+        """Write the rotated key and the value of the new token; returns the rotated query."""
+        pool = self.pool
+        if self.kernels:
+            return self.kernels.rotate_and_write(q, k, v, cos, sin, pool.k, pool.v,
+                                                 self.page_table[layer], self.num_tokens,
+                                                 self.num_new, self.window, pool.pos)
+        q, k = self.rotate(q, k, cos, sin)
+        slots = self.slots[layer]                                           # (B, Hkv, 1)
+        pos = self.positions[:, None].expand_as(slots)
+        if self.padded:                 # a sequence without a new token writes nothing
+            active = self.num_new > 0
+            slots, k, v, pos = (x[active] for x in (slots, k, v, pos))
+        pool.write(slots, k, v, None, pos)
+        return q
 
     def end(self):
         if self.step_keys:
@@ -1107,38 +1131,38 @@ class DualCache(Cache):
     def plan_decode(self, table, counts):
         """What decode reads, by page tables (L, B, Hkv, M) and counts (L, B, Hkv) of some layers.
 
-        Returns (pages, owner, masked), each a tuple with a tensor for each layer. pages (n): the
-        ids of all pages in use, row after row; owner (n): the row that each belongs to; masked (n,
-        P) bool: the tokens of a page that a query does not see.
+        Returns (pages, row, unseen), each a tuple with a tensor for each layer. pages (n): the ids
+        of all pages in use, row after row; row (n): the row of each, in its layer; unseen (n, P)
+        bool: the tokens of a page that a query does not see.
         """
-        column = torch.arange(table.shape[3], device=self.device)
-        used = column < self.R + pages_for(counts)[..., None]               # (L, B, Hkv, M)
-        layer, b, h, column = used.nonzero().unbind(1)
+        columns = torch.arange(table.shape[3], device=self.device)
+        used = columns < self.R + pages_for(counts)[..., None]              # (L, B, Hkv, M)
+        layer, b, h, column = used.nonzero().unbind(1)                      # of each used page
         # The ring holds tokens in its places below min(tokens, W), the rest of the list to its end.
         in_ring = (self.num_tokens + self.num_new).clamp(max=self.window)[b]
         end = torch.where(column < self.R, in_ring, self.R * P + counts[layer, b, h])
-        masked = column[:, None] * P + torch.arange(P, device=self.device) >= end[:, None]
+        unseen = column[:, None] * P + torch.arange(P, device=self.device) >= end[:, None]
         sizes = used.flatten(1).sum(1).tolist()         # pages of each layer
         pages = table[used].long()
-        owner = b * self.Hkv + h
-        return pages.split(sizes), owner.split(sizes), masked.split(sizes)
+        row = b * self.Hkv + h                          # 0 .. B * Hkv - 1
+        return pages.split(sizes), row.split(sizes), unseen.split(sizes)
 
     # ------------------------------------------------------- eviction (skip at first reading)
     #
     # Admission bounds nothing: a text in which everything matters keeps everything. With a budget
-    # the promoted tokens of all rows together hold at most `most_pages` pages. Before there would
-    # be more, those of lowest score are evicted. That goes down to 90% of the bound, so it happens
-    # rarely. There are two scores:
+    # the promoted tokens of all rows together take at most `most_pages` pages. When they would take
+    # more, those of lowest score are evicted, down to 90% of the limit, so that it happens rarely.
+    # There are two scores:
     #
     #     gate      The token's own gate. No head has a quota, which would undo what gates decided.
     #     snapkv    The attention that the last queries give it (arXiv 2404.14469). Weights add up
     #               to 1 in each row, so long rows have lower ones, and lose first.
     #
-    # By gate, eviction is a tau that rises. Let tau' be the lowest gate that stays. All held tokens
-    # have passed an older, lower tau; so what is left is what admission at tau' would have
-    # promoted. There are two exceptions: the first tokens stay as attention sinks, and of tokens
-    # with a gate of exactly tau' only the newest may stay. Tokens that leave the ring later must
-    # reach tau'.
+    # By gate, eviction is a tau that rises. Let tau' be just above the highest gate that goes. All
+    # held tokens have passed an older, lower tau; so what is left is what admission at tau' would
+    # have promoted. Tokens that leave the ring later must reach tau'. There are two exceptions: the
+    # first tokens stay as attention sinks; and if of several tokens with exactly the same gate only
+    # the newest can stay, then tau' is that gate.
     #
     # The definition becomes
     #
@@ -1160,25 +1184,26 @@ class DualCache(Cache):
             raise UserError(f"a budget of {budget:,} bytes is too small for this cache: its "
                             f"windows{queries} and two pages a row take {least:,} "
                             f"({least / 2**20:,.1f} MiB)")
-        self.most_pages = (budget - fixed) // self.page_bytes()
-        self.most_steps = P
+        self.shared.most_pages = (budget - fixed) // self.page_bytes()
+        self.shared.most_steps = P
         self.evict_over_budget()
 
-    def within_budget(self, wanted, wanted_a_layer, evict):
-        """How many free pages a call needs, under a budget.
+    def free_pages_needed(self, wanted, wanted_a_layer, evict):
+        """How many free pages a call needs, under a budget; it may evict to have them.
 
         wanted: if all its tokens were promoted, in all layers; wanted_a_layer: in one. A call of at
         most P tokens evicts now (evict=True), because captured steps cannot. A longer one evicts
-        after each layer's promotion, so it fills the bound and one layer beyond it at most. With
-        100 pages left below the bound and 32 layers that want 64 each: min(2048, 100 + 64) = 164.
+        after each layer's promotion, so it fills the limit and one layer beyond it at most. With
+        100 pages left below the limit and 32 layers that want 64 each: min(2048, 100 + 64) = 164.
         """
-        in_use = self.pages_in_all_rows()
-        if evict and in_use + wanted * self.processes > self.most_pages:
-            self.evict(min(9 * self.most_pages // 10, self.most_pages - wanted * self.processes))
+        limit = self.shared.most_pages
+        wanted_by_all = wanted * self.processes
+        if evict and self.pages_in_all_rows() + wanted_by_all > limit:
+            self.evict(min(9 * limit // 10, limit - wanted_by_all))
             return wanted
         # Of several processes one may fill what the others let go, so only its own pages count.
         own = int(pages_for(self.all_counts).sum())
-        return min(wanted, self.most_pages - own + wanted_a_layer)
+        return min(wanted, limit - own + wanted_a_layer)
 
     def pages_in_all_rows(self):
         """How many pages of promoted tokens there are, in all processes."""
@@ -1189,9 +1214,10 @@ class DualCache(Cache):
 
         Under a budget this asks the device once a layer.
         """
-        if self.most_pages is None or self.pages_in_all_rows() <= self.most_pages:
+        limit = self.shared.most_pages
+        if limit is None or self.pages_in_all_rows() <= limit:
             return False
-        self.evict(9 * self.most_pages // 10)
+        self.evict(9 * limit // 10)
         return True
 
     def evict(self, target):
@@ -1222,13 +1248,14 @@ class DualCache(Cache):
         empty = column >= pages_for(remaining)[row]
         self.pool.release(pages[empty].int())
         table[row[empty], self.R + column[empty]] = 0
-        self.num_evictions += 1
-        self.num_evicted += int((counts - remaining).sum())
+        self.shared.num_evictions += 1
+        self.shared.num_evicted += int((counts - remaining).sum())
         counts.copy_(remaining)
         # Every full page may have new contents.
-        self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
+        nothing = torch.zeros_like(self.all_counts)
+        self.update_key_ranges(self.all_page_table, nothing, self.all_counts)
         if self.evict_by == "gate":
-            self.set_tau(max(cut, self.tau_now))
+            self.set_tau(max(cut, self.shared.tau_now))
 
     def compact(self, table, pages, row, keep, remaining):
         """Move the tokens to keep (n, P) of each row together, in order. Twin: kernels.compact.
@@ -1238,15 +1265,15 @@ class DualCache(Cache):
         """
         # Token number n of a row goes to place n of its list. It was there, or further on. If two
         # rows keep 3 and 2 tokens: 0 1 2 3 4, less those of earlier rows, 0 0 0 3 3, is 0 1 2 0 1.
-        owner = row[:, None].expand_as(keep)[keep]                          # row of each kept token
+        row_of_token = row[:, None].expand_as(keep)[keep]
         before = remaining.cumsum(0) - remaining
-        number = torch.arange(len(owner), device=self.device) - before[owner]
+        n = torch.arange(len(row_of_token), device=self.device) - before[row_of_token]
         source = (pages[:, None] * P + torch.arange(P, device=self.device))[keep]
-        place = table[owner, self.R + number // P].long() * P + number % P
-        self.pool.write(place, *self.pool.read(source))
+        target = table[row_of_token, self.R + n // P].long() * P + n % P
+        self.pool.write(target, *self.pool.read(source))
 
     def set_tau(self, tau):
-        self.tau_now = tau
+        self.shared.tau_now = tau
         self.tau_on_device.fill_(tau)
 
     def held_of_band(self, layer, T):
@@ -1254,28 +1281,29 @@ class DualCache(Cache):
 
         With 500 tokens before the call and W = 100, position 437 has band index 37.
         """
-        slots = torch.arange((self.page_table.shape[3] - self.R) * P, device=self.device)
+        n = torch.arange((self.page_table.shape[3] - self.R) * P, device=self.device)
         pages = self.page_table[layer, ..., self.R:].long()
         pos = self.pool.pos[pages].flatten(2)                               # (B, Hkv, (M - R) P)
         index = pos - (self.num_tokens - self.window)[:, None, None]
-        in_band = (slots < self.counts[layer][..., None]) & (index >= 0) & (index < T)
+        in_band = (n < self.counts[layer][..., None]) & (index >= 0) & (index < T)
         index = index.masked_fill(~in_band, T)          # index T is a spare column, cut off below
         held = torch.zeros(self.B, self.Hkv, T + 1, dtype=torch.bool, device=self.device)
         return held.scatter_(2, index.long(), True)[..., :T]
 
     def record_queries(self, layer, q):
-        """Keep each sequence's last QUERIES rotated queries, position p in place p mod QUERIES.
+        """Keep each sequence's last QUERIES rotated queries, that of position p at index p mod
+        QUERIES.
 
         If 3 of T = 5 are valid: n = 5, index -2 -1 0 1 2, and the first two write what was there.
         """
         n = min(q.shape[2], QUERIES)
         index = self.num_new[:, None] - n + torch.arange(n, device=self.device)         # (B, n)
-        place = (self.num_tokens[:, None] + index) % QUERIES
+        store_index = (self.num_tokens[:, None] + index) % QUERIES
         b = torch.arange(self.B, device=self.device)[:, None]
         queries = self.base.queries[layer, self.first:self.first + self.B]
         new = q.transpose(1, 2)[b, index.clamp(min=0)]                      # (B, n, Hq, D)
         valid = (index >= 0)[..., None, None]       # fewer than n new ones: the older ones stay
-        queries[b, :, place] = torch.where(valid, new, queries[b, :, place])
+        queries[b, :, store_index] = torch.where(valid, new, queries[b, :, store_index])
         num_queries = self.base.num_queries[layer, self.first:self.first + self.B]
         num_queries.copy_(self.num_tokens + self.num_new)
 
@@ -1292,7 +1320,7 @@ class DualCache(Cache):
 
     def selects(self):
         """Does this call select?"""
-        return self.chosen_pages is not None and self.in_decode
+        return self.chosen_pages is not None and self.shared.in_decode
 
     def attended(self):
         """(L, B, Hkv): how many promoted tokens of each row a step of decode attends to.
@@ -1308,8 +1336,8 @@ class DualCache(Cache):
     def select_pages(self, layer, q):
         """One query a head (B, Hq, 1, D) -> page table (B, Hkv, R + pages) of what it attends to.
 
-        A KV head's queries choose together: the largest bound of the G counts. The kernels' twin:
-        select_pages.
+        A KV head's queries choose together: the largest bound of the G counts. Twin:
+        kernels.select_pages.
         """
         table = self.page_table[layer]
         counts = self.counts[layer][..., None]
@@ -1325,15 +1353,16 @@ class DualCache(Cache):
         best = bounds.argsort(dim=-1, descending=True, stable=True)[..., :self.chosen_pages]
         return torch.cat((table[..., :self.R], table.gather(2, self.R + best.sort().values)), dim=2)
 
-    def bound_pages(self, table, before, after):
-        """Compute the bounds of pages that became full when counts went from `before` to `after`.
+    def update_key_ranges(self, table, before, after):
+        """Store the key ranges (`low`, `high`) of pages that have become full.
 
-        table (..., M), before and after (...). Nothing to do without selection.
+        They became so when counts went from `before` to `after`. table (..., M), before and after
+        (...). Nothing to do without selection.
         """
         if self.chosen_pages is None:
             return
         if self.kernels:
-            self.kernels.bound_pages(self.pool, table, before, after, self.R)
+            self.kernels.update_key_ranges(self.pool, table, before, after, self.R)
             return
         column = torch.arange(table.shape[-1] - self.R, device=self.device)
         filled = (column >= before[..., None] // P) & (column < after[..., None] // P)
@@ -1357,7 +1386,7 @@ class DualCache(Cache):
         pages = self.page_table[self.pages_in_use(self.counts)].long()
         parts = {name: getattr(self.pool, name)[pages] for name in ("k", "v", "g", "pos")}
         parts.update(counts=self.counts, tau_now=self.tau_on_device)
-        parts["evicted"] = torch.tensor([self.num_evicted, self.num_evictions])
+        parts["evicted"] = torch.tensor([self.shared.num_evicted, self.shared.num_evictions])
         if self.queries is not None:
             parts.update(queries=self.queries, num_queries=self.num_queries)
         return parts
@@ -1393,7 +1422,7 @@ class DualCache(Cache):
         columns = self.R + int(pages_for(counts.max()))
         if self.page_table.shape[3] < columns:
             self.all_page_table = F.pad(self.page_table, (0, columns - self.page_table.shape[3]))
-        self.reallocations += 1
+        self.shared.reallocations += 1
         counts = counts.to(self.device)
         used = self.pages_in_use(counts)
         used[..., :self.R] = False                                  # rings have their pages
@@ -1414,10 +1443,11 @@ class DualCache(Cache):
             for start, stop, part in files.finite_parts(path, file, "queries", 1, self.device):
                 self.queries[start:stop] = part
 
-        self.bound_pages(self.all_page_table, torch.zeros_like(self.all_counts), self.all_counts)
+        nothing = torch.zeros_like(self.all_counts)
+        self.update_key_ranges(self.all_page_table, nothing, self.all_counts)
         if tau_now > self.tau_on_device.item():
             self.set_tau(tau_now)
-        self.num_evicted, self.num_evictions = evicted
+        self.shared.num_evicted, self.shared.num_evictions = evicted
         self.evict_over_budget()
 
     def checked_slots(self, path, g, pos, counts, num_tokens):
@@ -1432,20 +1462,20 @@ class DualCache(Cache):
         S = num_tokens[row // self.Hkv % self.B][:, None]                   # (n, 1)
         place = column[:, None] * P + torch.arange(P, device="cpu")         # (n, P)
         in_ring = (column < self.R)[:, None].expand_as(place)
-        held = torch.where(in_ring, place < S.clamp(max=self.window),
-                           place - self.R * P < counts.flatten()[row][:, None])
+        is_token = torch.where(in_ring, place < S.clamp(max=self.window),
+                               place - self.R * P < counts.flatten()[row][:, None])
         newest = S - 1 - (S - 1 - place) % self.window      # the last position with this place
         right = torch.where(in_ring, pos == newest, (pos >= 0) & (pos < S - self.window))
-        promoted = (held & ~in_ring).flatten()
+        promoted = (is_token & ~in_ring).flatten()
         rows = row.repeat_interleave(P)
         neighbors = promoted[1:] & promoted[:-1] & (rows[1:] == rows[:-1])
         ascend = pos.flatten().diff() > 0
-        if not right[held].all() or not ascend[neighbors].all():
+        if not right[is_token].all() or not ascend[neighbors].all():
             raise UserError(f"{path}: the positions of a row's tokens do not ascend, or are not "
                             "where they should be")
-        if g[held].isnan().any() or (g[held] == -math.inf).any():
+        if g[is_token].isnan().any() or (g[is_token] == -math.inf).any():
             raise UserError(f"{path}: a token's gate is NaN or -infinity")
-        return torch.where(held, g, torch.where(in_ring, -math.inf, 0.0))
+        return torch.where(is_token, g, torch.where(in_ring, -math.inf, 0.0))
 
     # --------------------------------------------------------------------------- looking inside
 
@@ -1496,7 +1526,7 @@ class DualCache(Cache):
         recent = torch.arange(max(0, S - self.window), S, device=self.device)
         slots = self.ring_slots(self.page_table[:, sequence:sequence + 1], recent[None])
         out[:, :, max(0, S - self.window):] = \
-            (self.pool.g.view(-1)[slots[:, 0]] >= self.tau_now).cpu()
+            (self.pool.g.view(-1)[slots[:, 0]] >= self.shared.tau_now).cpu()
         for layer in range(self.L):
             for h in range(self.Hkv):
                 out[layer, h, self.row(self.pool.pos, layer, sequence, h).long().cpu()] = True
@@ -1521,18 +1551,20 @@ def snapkv_scores(cache, pages, row, held):
         3. over the queries: the mean
         4. over 5 neighbors in the row: the maximum
 
-    Of those queries each key in pages is older: it has left the window.
+    Every key in the pages is older than all of these queries: it has left the window.
     """
     table = cache.all_page_table.flatten(0, 2)
     counts = cache.all_counts.flatten()
     score = cache.kernels.query_attention if cache.kernels else query_attention
     weights = score(cache.queries, cache.num_queries, min(cache.window, QUERIES), cache.pool.k,
                     table, counts, pages, row, cache.R)
+    # Step 4. Two spare tokens of no row at each end, so that each token has 5 neighbors (itself
+    # is one). A neighbor in another row does not count.
     weights = F.pad(weights.masked_fill(~held, 0).flatten(), (2, 2))        # (n P + 4)
-    owner = F.pad(row.repeat_interleave(P), (2, 2), value=-1)
-    largest_near = torch.zeros_like(weights[4:])
+    row_of_token = F.pad(row.repeat_interleave(P), (2, 2), value=-1)
+    largest_near = torch.zeros_like(weights[4:])                            # (n P)
     for shift in range(5):
-        same_row = owner[shift:shift + len(largest_near)] == owner[2:-2]
+        same_row = row_of_token[shift:shift + len(largest_near)] == row_of_token[2:-2]
         near = weights[shift:shift + len(largest_near)]
         largest_near = torch.where(same_row, largest_near.maximum(near), largest_near)
     return largest_near.view(-1, P)
@@ -1570,9 +1602,10 @@ def best_tokens(scores, pos, row, rows, target, processes=1):
     """The tokens of highest score whose rows need `target` pages in all, at most.
 
     scores (n, P) fp32, at least 0, or -1 where there is no token; pos (n, P) their positions; row
-    (n): the row of each page. Among equal scores the newest stay. Returns (keep (n, P) bool, the
-    least score that is high enough to stay). Of several processes each has its own rows, and all
-    find the same score: every answer in the search is a sum over processes.
+    (n): the row of each page. Among equal scores the newest stay. Returns (keep (n, P) bool, cut):
+    just above the highest score that goes, or that score itself if others with it stay. Of several
+    processes each has its own rows, and all find the same cut: every answer in the search is a sum
+    over processes.
     """
     def too_many(keep):
         counts = torch.zeros(rows, dtype=torch.int32, device=row.device)
@@ -1664,11 +1697,11 @@ def banded_attention(q, k, v, g, old_k, old_v, num_old, window, tau, block=128):
     return out.view(B, Hq, T, D)
 
 
-def paged_attention(q, k, v, owner, masked):
+def paged_attention(q, k, v, row, unseen):
     """Decode: attention of one query a head over the pages of its row; rows have different lengths.
 
-    q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; owner (n): the row
-    that each page belongs to; masked (n, P) bool: the slots its query does not see. Returns
+    q (rows, G, D); k, v (n, P, D): the pages of all rows, one after the other; row (n): the row
+    that each page belongs to; unseen (n, P) bool: the slots its query does not see. Returns
     (rows, G, D).
 
     This is split-KV, as in Flash-Decoding: the keys of one query are split into parts, here
@@ -1678,20 +1711,20 @@ def paged_attention(q, k, v, owner, masked):
     Nobody reads it.)
     """
     rows, G, D = q.shape
-    q = (q / math.sqrt(D)).index_select(0, owner)                           # (n, G, D)
+    q = (q / math.sqrt(D)).index_select(0, row)                             # (n, G, D)
     scores = torch.bmm(q, k.transpose(1, 2)).float()                        # (n, G, P)
-    scores.masked_fill_(masked[:, None], -math.inf)
+    scores.masked_fill_(unseen[:, None], -math.inf)
 
     # The largest score of each page, then of each row.
     row_max = scores.new_full((rows, G), -math.inf)
-    row_max.scatter_reduce_(0, owner[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
+    row_max.scatter_reduce_(0, row[:, None].expand(-1, G), scores.amax(dim=-1), "amax")
 
     # Pages with the scores 1 and 3: row_max 3, weights e^-2 and 1, row_sum 1.135.
-    weights = scores.sub_(row_max.index_select(0, owner)[:, :, None]).exp_()
-    row_sum = torch.zeros_like(row_max).index_add_(0, owner, weights.sum(dim=-1))   # (rows, G)
+    weights = scores.sub_(row_max.index_select(0, row)[:, :, None]).exp_()
+    row_sum = torch.zeros_like(row_max).index_add_(0, row, weights.sum(dim=-1))     # (rows, G)
 
     o = torch.bmm(weights.to(v.dtype), v).float()                           # (n, G, D)
-    o = o.new_zeros(rows, G, D).index_add_(0, owner, o)                     # (rows, G, D)
+    o = o.new_zeros(rows, G, D).index_add_(0, row, o)                       # (rows, G, D)
     return (o / row_sum[:, :, None]).to(v.dtype)
 
 
@@ -1709,7 +1742,7 @@ def soft_attention(q, k, v, log_g, window, block=256):
         t1 = min(t0 + block, q.shape[2])
         args = (q[:, :, t0:t1], k[:, :, :t1], v[:, :, :t1], log_g[:, :, :t1], window, t0)
         if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(soft_block, *args, use_reentrant=False))
+            out.append(recompute(soft_block, *args, use_reentrant=False))
         else:
             out.append(soft_block(*args))
     return torch.cat(out, dim=2)

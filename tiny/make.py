@@ -324,8 +324,7 @@ def main(argv=None):
         tokenizer = Tokenizer.from_file(path)
     else:
         tokenizer = train_tokenizer(books.values(), config.vocab_size)
-    with replacing(os.path.join(args.out, "tokenizer.json")) as part:
-        tokenizer.save(part)
+    write_text(os.path.join(args.out, "tokenizer.json"), tokenizer.to_str(pretty=True))
     haystack = tasks.Haystack("\n\n".join(books.values()))
 
     if args.start:
