@@ -7,15 +7,17 @@
     primitives.svg  one row's tokens under admission, eviction and selection
     training.svg    the curve of the sparsity loss, and the tiles of the training kernels
 
-Standard library only. Each function first works out a small example by the rules of wgkv.py and
-kernels.py, and then draws it, so the numbers in a drawing are computed. Coordinates are px of a
-page that is 760 wide; y grows downwards. A color means the same in all drawings: see COLORS.
+Standard library only. For each drawing NAME, NAME_example() works out a small example by the rules
+of wgkv.py and kernels.py, and draw_NAME() draws it: so the numbers in a drawing are computed.
+Coordinates are px of a page that is 760 wide; y grows downwards. A color means the same in all
+drawings: see COLORS.
 """
 import argparse
 import math
 import random
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace as Example            # the numbers of one drawing, by name
 
 FOLDER = Path(__file__).resolve().parent
 WIDTH = 760
@@ -135,13 +137,23 @@ class Figure:
 
 # ------------------------------------------------------------------------------- 1. a token's life
 
-def token():
-    """One row after 14 tokens, and what happens when the next one arrives."""
-    window, page_size, tau = 8, 4, 0.1
+PLACES_X = 558              # where the rows of gone tokens and of page slots begin,
+PLACE_STEP = 43             # from one of their places to the next,
+PLACE_WIDTH = 38            # and how wide a place is
+CHOICE_X = 428              # the center of the question "gate >= tau?"
+CHOICE_Y = 160
+
+
+def token_example():
+    """One row after 14 tokens: what is in its ring and its page, and what is gone."""
+    window = 8
+    tau = 0.1
     gates = [0.98, 0.02, 0.05, 0.64, 0.01, 0.03, 0.31, 0.04, 0.02, 0.87, 0.06, 0.03, 0.02, 0.05]
 
     # Token t takes place t mod W. The token that was there leaves, and only now its gate counts.
-    ring, promoted, gone = {}, [], []
+    ring = {}
+    promoted = []
+    gone = []
     for t in range(len(gates)):
         place = t % window
         if place in ring:
@@ -155,54 +167,78 @@ def token():
     place = new % window
     leaving = ring[place]
     assert gates[leaving] >= tau, "the drawing shows a token that is promoted"
+    return Example(window=window, page_size=4, tau=tau, gates=gates, ring=ring, promoted=promoted,
+                   gone=gone, new=new, place=place, leaving=leaving)
 
+
+def draw_token(e):
+    """What happens in a row when its next token arrives."""
     fig = Figure("token", 392, "A token's life",
-                 f"Token {new} takes place {new} mod {window} = {place} of a ring of {window}. "
-                 f"Token {leaving}, which was there, leaves the window. Its gate is at least tau = "
-                 f"{tau}, so it is copied to the row's page, behind tokens {promoted}. Tokens "
-                 f"{gone} had smaller gates and are gone. A query sees the ring and the pages.")
-    draw_ring(fig, 180, 220, ring, gates, tau, place)
+                 f"Token {e.new} takes place {e.new} mod {e.window} = {e.place} of a ring of "
+                 f"{e.window}. Token {e.leaving}, which was there, leaves the window. Its gate is "
+                 f"at least tau = {e.tau}, so it is copied to the row's page, behind tokens "
+                 f"{e.promoted}. Tokens {e.gone} had smaller gates and are gone. A query sees the "
+                 "ring and the pages.")
+    draw_ring(fig, 180, 220, e.ring, e.gates, e.tau, e.place)
     fig.text(24, 30, "g: the gate of a token", "small soft")
     fig.text(24, 47, "g ≥ tau: admitted", "small bold admitted")
-
-    # The new token comes in from above; the one whose place it takes leaves to the right.
-    fig.box(192, 20, 112, 32, f"new token {new}", "window", "bold")
-    fig.arrow([(248, 52), (248, 115)], "window")
-    fig.text(259, 88, f"takes place {new} mod {window} = {place}")
-    fig.arrow([(290, 160), (362, 160)], "plain")
-    fig.text(330, 178, f"{leaving} leaves", "small soft middle")
-    fig.polygon([(364, 160), (428, 124), (492, 160), (428, 196)], "plain")
-    fig.text(428, 159, "gate ≥ tau?", "middle")
-    fig.text(428, 175, f"tau = {tau}", "small soft middle")
-
-    # No: gone. Yes: behind the promoted tokens of its row.
-    fig.arrow([(492, 160), (552, 160)], "plain")
-    fig.text(520, 152, "no", "middle bold")
-    fig.text(558, 131, "gone", "bold")
-    fig.text(602, 131, "place overwritten", "soft")
-    for place, t in enumerate(gone):
-        fig.box(558 + 43 * place, 142, 38, 36, str(t), "gone dashed", "soft")
-    fig.arrow([(428, 196), (428, 262), (552, 262)], "admitted")
-    fig.text(440, 232, "yes", "bold")
-    fig.text(558, 233, "page", "bold")
-    fig.text(602, 233, f"P = {page_size} tokens here", "soft")
-    for place in range(page_size):
-        x = 558 + 43 * place
-        if place < len(promoted):
-            fig.box(x, 244, 38, 36, str(promoted[place]), "admitted", "bold")
-        elif place == len(promoted):
-            fig.box(x, 244, 38, 36, str(leaving), "admitted dashed", "admitted bold")
-        else:
-            fig.rect(x, 244, 38, 36, "gone dashed")
-
-    # The query sees both.
-    fig.box(396, 328, 64, 32, "query", "query", "bold")
-    fig.text(428, 380, "sees the ring, now with 14, and the page", "small soft middle")
-    fig.arrow([(396, 344), (346, 344), (298, 272)], "query")
-    end = 558 + 43 * (len(promoted) + 1) - 5
-    fig.bracket(558, end, 292, "query", ends=-6)
-    fig.arrow([(460, 344), ((558 + end) / 2, 344), ((558 + end) / 2, 294)], "query")
+    draw_arrival(fig, e)
+    draw_outcomes(fig, e)
+    draw_query(fig, e)
     fig.write()
+
+
+def draw_arrival(fig, e):
+    """The new token comes in from above; the one whose place it takes leaves to the right."""
+    fig.box(192, 20, 112, 32, f"new token {e.new}", "window", "bold")
+    fig.arrow([(248, 52), (248, 115)], "window")
+    fig.text(259, 88, f"takes place {e.new} mod {e.window} = {e.place}")
+
+    left = CHOICE_X - 64
+    right = CHOICE_X + 64
+    fig.arrow([(290, CHOICE_Y), (left - 2, CHOICE_Y)], "plain")
+    fig.text(330, CHOICE_Y + 18, f"{e.leaving} leaves", "small soft middle")
+    fig.polygon([(left, CHOICE_Y), (CHOICE_X, CHOICE_Y - 36), (right, CHOICE_Y),
+                 (CHOICE_X, CHOICE_Y + 36)], "plain")
+    fig.text(CHOICE_X, CHOICE_Y - 1, "gate ≥ tau?", "middle")
+    fig.text(CHOICE_X, CHOICE_Y + 15, f"tau = {e.tau}", "small soft middle")
+
+
+def draw_outcomes(fig, e):
+    """No: gone. Yes: behind the promoted tokens of its row."""
+    end = PLACES_X - 6                      # of both arrows
+    label = PLACES_X + 44
+    fig.arrow([(CHOICE_X + 64, CHOICE_Y), (end, CHOICE_Y)], "plain")
+    fig.text(520, CHOICE_Y - 8, "no", "middle bold")
+    fig.text(PLACES_X, 131, "gone", "bold")
+    fig.text(label, 131, "place overwritten", "soft")
+    for place, t in enumerate(e.gone):
+        fig.box(PLACES_X + PLACE_STEP * place, 142, PLACE_WIDTH, 36, str(t), "gone dashed", "soft")
+
+    fig.arrow([(CHOICE_X, CHOICE_Y + 36), (CHOICE_X, 262), (end, 262)], "admitted")
+    fig.text(440, 232, "yes", "bold")
+    fig.text(PLACES_X, 233, "page", "bold")
+    fig.text(label, 233, f"P = {e.page_size} tokens here", "soft")
+    for place in range(e.page_size):
+        x = PLACES_X + PLACE_STEP * place
+        if place < len(e.promoted):
+            fig.box(x, 244, PLACE_WIDTH, 36, str(e.promoted[place]), "admitted", "bold")
+        elif place == len(e.promoted):
+            fig.box(x, 244, PLACE_WIDTH, 36, str(e.leaving), "admitted dashed", "admitted bold")
+        else:
+            fig.rect(x, 244, PLACE_WIDTH, 36, "gone dashed")
+
+
+def draw_query(fig, e):
+    """The query below, which sees the ring and the page."""
+    y = 344
+    fig.box(CHOICE_X - 32, y - 16, 64, 32, "query", "query", "bold")
+    fig.text(CHOICE_X, y + 36, "sees the ring, now with 14, and the page", "small soft middle")
+    fig.arrow([(CHOICE_X - 32, y), (346, y), (298, 272)], "query")
+    end = PLACES_X + PLACE_STEP * (len(e.promoted) + 1) - 5     # of the tokens in the page
+    fig.bracket(PLACES_X, end, 292, "query", ends=-6)
+    middle = (PLACES_X + end) / 2
+    fig.arrow([(CHOICE_X + 32, y), (middle, y), (middle, 294)], "query")
 
 
 def draw_ring(fig, cx, cy, ring, gates, tau, upper_right):
@@ -254,9 +290,15 @@ def hand_out_pages(R, promoted_pages, freed, spare):
     return (row_one, row_two), free, pool_size
 
 
-def pages():
+PAGE_WIDTH = 38
+PAGE_STEP = 42              # from one page to the next
+POOL_TOP = 176
+
+
+def pages_example():
     """A row of 120 tokens and a row of 40,000: page tables, pool and free stack."""
-    W, P = 128, 64
+    W = 128
+    P = 64
     R = ceil_div(W, P)
     tokens = (120, 40_000)
     share = 0.45                                        # of row two's tokens are admitted
@@ -274,80 +316,97 @@ def pages():
                 held[page] = ("window", min(P, min(num_tokens, W) - column * P))
             else:
                 held[page] = ("admitted", min(P, count - (column - R) * P))
+    return Example(W=W, P=P, R=R, tokens=tokens, counts=counts, promoted_pages=promoted_pages,
+                   partial=partial, freed=freed, tables=tables, free=free, pool_size=pool_size,
+                   held=held)
 
+
+def draw_pages(e):
+    """The pool in the middle, a page table above and one below, and the free stack."""
     fig = Figure("pages", 440, "Two rows in one page pool",
-                 f"Row one has {tokens[0]} tokens, all in its ring of {R} pages. Row two has "
-                 f"{tokens[1]:,} tokens: {R} ring pages and {promoted_pages} pages of promoted "
-                 f"tokens, the last with {partial} of {P} slots in use. Each row's page table "
-                 "lists its pages in the common pool. Unused entries are 0, the dummy page. Free "
-                 "pages are on a stack.")
+                 f"Row one has {e.tokens[0]} tokens, all in its ring of {e.R} pages. Row two has "
+                 f"{e.tokens[1]:,} tokens: {e.R} ring pages and {e.promoted_pages} pages of "
+                 f"promoted tokens, the last with {e.partial} of {e.P} slots in use. Each row's "
+                 "page table lists its pages in the common pool. Unused entries are 0, the dummy "
+                 "page. Free pages are on a stack.")
+    center = draw_pool(fig, e)
+    table_one, table_two = e.tables
+    page_table(fig, table_one, e.R, len(table_two), 52, POOL_TOP, center)
+    page_table(fig, table_two, e.R, len(table_two), 318, POOL_TOP + e.P, center)
 
-    # The pool. One px of a page's height is one slot.
-    top = 176
-    last = tables[1][-1]
-    center = {}
-    for place, page in enumerate([*range(12), *range(last, pool_size)]):
-        x = 24 + 42 * place + (44 if page >= last else 0)
-        center[page] = x + 19
-        if page in held:
-            color, slots = held[page]
-            fig.rect(x, top, 38, slots, f"{color} area", 1)
-            fig.rect(x, top, 38, P, f"{color} line")
-            fig.text(x + 19, top + 37, str(page), "middle bold")
-        else:
-            fig.rect(x, top, 38, P, "gone" if page == 0 else "gone dashed")
-            fig.text(x + 19, top + 37, str(page), "middle soft")
-            fig.text(x + 19, top - 8, "dummy" if page == 0 else "free", "middle small soft")
-    fig.text(550, top + 37, "…", "middle bold")
-    fig.text(center[last] + 19, top - 8, f"{partial} of {P}", "end small admitted")
-    fig.text(736, 138, f"one pool; a page has P = {P} slots", "end bold")
-
-    for table, y, pool_edge in ((tables[0], 52, top), (tables[1], 318, top + P)):
-        page_table(fig, table, R, len(tables[1]), y, pool_edge, center)
+    x = 474
     fig.text(274, 98, "unused: 0, the dummy page", "middle small soft")
-    fig.text(474, 52, f"row one: {tokens[0]} tokens", "bold")
-    fig.text(474, 70, f"all in its window of W = {W},", "soft")
-    fig.text(474, 87, "nothing promoted yet", "soft")
-    fig.text(474, 322, f"row two: {tokens[1]:,} tokens", "bold")
-    fig.text(474, 340, f"{counts[1]:,} promoted: {promoted_pages - 1} whole pages,", "soft")
-    fig.text(474, 357, f"and {partial} tokens in a partial page", "soft")
+    fig.text(x, 52, f"row one: {e.tokens[0]} tokens", "bold")
+    fig.text(x, 70, f"all in its window of W = {e.W},", "soft")
+    fig.text(x, 87, "nothing promoted yet", "soft")
+    fig.text(x, 322, f"row two: {e.tokens[1]:,} tokens", "bold")
+    fig.text(x, 340, f"{e.counts[1]:,} promoted: {e.promoted_pages - 1} whole pages,", "soft")
+    fig.text(x, 357, f"and {e.partial} tokens in a partial page", "soft")
+    draw_free_stack(fig, e.free, e.freed)
+    fig.write()
 
-    # The free stack, all of it.
+
+def draw_pool(fig, e):
+    """The first pages of the pool and its last ones; returns {page: the x of its center}."""
+    last = e.tables[1][-1]
+    center = {}
+    for place, page in enumerate([*range(12), *range(last, e.pool_size)]):
+        x = 24 + PAGE_STEP * place + (44 if page >= last else 0)
+        center[page] = x + PAGE_WIDTH // 2
+        if page in e.held:
+            color, slots = e.held[page]                 # one px of a page's height is one slot
+            fig.rect(x, POOL_TOP, PAGE_WIDTH, slots, f"{color} area", 1)
+            fig.rect(x, POOL_TOP, PAGE_WIDTH, e.P, f"{color} line")
+            fig.text(center[page], POOL_TOP + 37, str(page), "middle bold")
+        else:
+            name = "dummy" if page == 0 else "free"
+            fig.rect(x, POOL_TOP, PAGE_WIDTH, e.P, "gone" if page == 0 else "gone dashed")
+            fig.text(center[page], POOL_TOP + 37, str(page), "middle soft")
+            fig.text(center[page], POOL_TOP - 8, name, "middle small soft")
+    fig.text(550, POOL_TOP + 37, "…", "middle bold")
+    fig.text(center[last] + 19, POOL_TOP - 8, f"{e.partial} of {e.P}", "end small admitted")
+    fig.text(736, 138, f"one pool; a page has P = {e.P} slots", "end bold")
+    return center
+
+
+def draw_free_stack(fig, free, freed):
+    """The whole free stack; its last `freed` pages came back from an earlier text."""
+    left = 108
     fig.text(24, 413, "free stack", "bold")
     for place, page in enumerate(free):
-        fig.box(108 + 42 * place, 394, 38, 28, str(page), "gone dashed", "soft")
-    end = 108 + 42 * len(free)
+        fig.box(left + PAGE_STEP * place, 394, PAGE_WIDTH, 28, str(page), "gone dashed", "soft")
+    end = left + PAGE_STEP * len(free)
     fig.arrow([(end + 42, 408), (end + 2, 408)], "plain")
     fig.text(end + 50, 404, "top: the next page that a row gets", "soft")
     ids = ", ".join(str(page) for page in free[-freed:])
     fig.text(end + 50, 421, f"({ids} came back from an older text)", "small soft")
-    fig.write()
 
 
 def page_table(fig, table, R, columns, y, pool_edge, center):
     """One row's page table at y, with an arrow from each entry to the edge of its page."""
     above = y < pool_edge
+    left = 66                               # where the entries begin
     fig.text(24, y + 12, "page", "small soft")
     fig.text(24, y + 26, "table", "small soft")
     shown = [*range(R + 4), columns - 1, columns]
     for place, column in enumerate(shown):
-        x = 66 + 42 * place + (44 if column > R + 3 else 0)
+        x = left + PAGE_STEP * place + (44 if column > R + 3 else 0)
         fig.text(x + 19, y - 9 if above else y + 44, str(column), "middle small soft")
         if column >= len(table):
-            fig.box(x, y, 38, 28, "0", "gone", "soft")
+            fig.box(x, y, PAGE_WIDTH, 28, "0", "gone", "soft")
             continue
         color = "window" if column < R else "admitted"
         page = table[column]
-        fig.box(x, y, 38, 28, str(page), color)
+        fig.box(x, y, PAGE_WIDTH, 28, str(page), color)
         if above:
             fig.arrow([(x + 19, y + 28), (center[page], pool_edge - 2)], color)
         else:
             fig.arrow([(x + 19, y), (center[page], pool_edge + 3)], color)
     fig.text(340, y + 19, "…", "middle bold")
     if above:                               # what the columns are, said once
-        middle = 66 + 42 * R - 2            # between the ring's entries and the others
-        fig.bracket(66, middle - 2, 25, "window")
-        fig.text((64 + middle) / 2, 17, f"ring, R = {R}", "middle window")
+        middle = left + PAGE_STEP * R - 2            # between the ring's entries and the others
+        fig.bracket(left, middle - 2, 25, "window")
+        fig.text((left - 2 + middle) / 2, 17, f"ring, R = {R}", "middle window")
         fig.bracket(middle + 2, 440, 25, "admitted")
         fig.text((middle + 442) / 2, 17, "promoted tokens, oldest first", "middle admitted")
 
@@ -366,9 +425,18 @@ def admitted_runs(T, share, seed):
     return runs
 
 
-def prefill():
-    """One block of queries: in the T x T triangle, and as memory sees it."""
-    T, W, P = 6000, 256, 64
+TRIANGLE_X = 92             # the triangle's upper left corner
+TRIANGLE_Y = 24
+TOKEN_PX = 0.05             # of a token in the triangle, across and down
+KEY_PX = 0.5                # of a key in memory, across,
+QUERY_PX = 0.75             # and of a query there, down
+
+
+def prefill_example():
+    """One block of queries, and the keys that it reads."""
+    T = 6000
+    W = 256
+    P = 64
     t0 = 5000 // P * P                                  # the block of P queries around 5,000
     t1 = t0 + P
     runs = admitted_runs(T, share=0.2, seed=75)
@@ -377,44 +445,31 @@ def prefill():
     # window, and then the band, from where that window begins to the last query itself.
     band_start = t0 - W + 1
     num_old = sum(max(0, min(end, band_start) - first) for first, end in runs)
-    num_pages = ceil_div(num_old, P)
     band_keys = t1 - band_start
-    band_tiles = ceil_div(band_keys, P)
-    dense_tiles = ceil_div(t1, P)
+    return Example(T=T, W=W, P=P, t0=t0, t1=t1, runs=runs, band_start=band_start, num_old=num_old,
+                   num_pages=ceil_div(num_old, P), band_keys=band_keys,
+                   band_tiles=ceil_div(band_keys, P), dense_tiles=ceil_div(t1, P))
 
+
+def draw_prefill(e):
+    """The block in the T x T triangle, and as memory sees it."""
     fig = Figure("prefill", 476, "What a block of queries reads in prefill",
                  "Above, the causal triangle: vertical stripes are admitted keys, the slash is the "
-                 f"window, and the queries {t0:,} to {t1 - 1:,} are highlighted. Below, the keys "
-                 f"that they read: {num_old} admitted ones in {num_pages} pages, then a band of "
-                 f"{band_keys} keys in {band_tiles} tiles with the exact mask. Dense attention "
-                 f"would read {dense_tiles} tiles.")
-    share = round(100 * num_old / band_start)
-    triangle(fig, T, W, runs, t0, t1, f"stripes: admitted keys, {share}%")
-    tile_counts(fig, P, dense_tiles, num_pages, band_tiles)
+                 f"window, and the queries {e.t0:,} to {e.t1 - 1:,} are highlighted. Below, the "
+                 f"keys that they read: {e.num_old} admitted ones in {e.num_pages} pages, then a "
+                 f"band of {e.band_keys} keys in {e.band_tiles} tiles with the exact mask. Dense "
+                 f"attention would read {e.dense_tiles} tiles.")
+    share = round(100 * e.num_old / e.band_start)
+    triangle(fig, e.T, e.W, e.runs, e.t0, e.t1, f"stripes: admitted keys, {share}%")
+    tile_counts(fig, e.P, e.dense_tiles, e.num_pages, e.band_tiles)
 
-    # The block's keys in memory: half a px a key, three quarters of one a query.
-    left, top, height = 46, 392, 0.75 * P
-    right = left + 34 * num_pages - 2
-    below = top + height + 20
-    fig.text(left, top - 22, f"pages: {num_old} admitted keys, older than the window", "admitted")
-    fig.bracket(left, right, top - 13, "admitted")
-    for page in range(num_pages):
-        x = left + 34 * page
-        held = min(P, num_old - page * P)
-        fig.rect(x, top, held / 2, height, "admitted area", 0)
-        fig.rect(x, top, P / 2, height, "admitted line", 0)
-        fig.text(x + P / 4, top + height / 2 + 4.5, str(page), "middle")
-    fig.text(left, below, "no mask: every query of the block sees them", "soft")
-    fig.text(right, below, f"the last: {num_old - (num_pages - 1) * P} of {P}", "end soft")
-
-    x = right + 26
-    fig.text(x, top - 22, f"band: {band_keys} keys", "window")
-    fig.bracket(x, x + band_keys / 2, top - 13, "window")
-    band(fig, x, top, W, P, band_tiles, band_start, runs)
-    fig.text(x, below, "exact mask, key by key", "soft")
+    left = 46
+    top = 392
+    height = QUERY_PX * e.P
+    draw_block_in_memory(fig, e, left, top, height)
 
     # From the block in the triangle to the block in memory.
-    y = 24 + 0.05 * (t0 + t1) / 2
+    y = TRIANGLE_Y + TOKEN_PX * (e.t0 + e.t1) / 2
     middle = top + height / 2
     fig.line([(88, y), (20, y), (20, middle), (left - 12, middle)], "query line")
     fig.line([(left - 5, top), (left - 12, top), (left - 12, top + height),
@@ -422,20 +477,44 @@ def prefill():
     fig.write()
 
 
+def draw_block_in_memory(fig, e, left, top, height):
+    """The pages that the block reads, and then its band."""
+    step = 34                                           # from one page to the next
+    right = left + step * e.num_pages - 2
+    below = top + height + 20
+    fig.text(left, top - 22, f"pages: {e.num_old} admitted keys, older than the window", "admitted")
+    fig.bracket(left, right, top - 13, "admitted")
+    for page in range(e.num_pages):
+        x = left + step * page
+        held = min(e.P, e.num_old - page * e.P)
+        fig.rect(x, top, KEY_PX * held, height, "admitted area", 0)
+        fig.rect(x, top, KEY_PX * e.P, height, "admitted line", 0)
+        fig.text(x + KEY_PX * e.P / 2, top + height / 2 + 4.5, str(page), "middle")
+    in_last = e.num_old - (e.num_pages - 1) * e.P
+    fig.text(left, below, "no mask: every query of the block sees them", "soft")
+    fig.text(right, below, f"the last: {in_last} of {e.P}", "end soft")
+
+    x = right + 26
+    fig.text(x, top - 22, f"band: {e.band_keys} keys", "window")
+    fig.bracket(x, x + KEY_PX * e.band_keys, top - 13, "window")
+    band(fig, x, top, e.W, e.P, e.band_tiles, e.band_start, e.runs)
+    fig.text(x, below, "exact mask, key by key", "soft")
+
+
 def triangle(fig, T, W, runs, t0, t1, stripes):
     """Which keys (across) each query (down) sees, 20 tokens a px; and what is what."""
     def at(key, query):
-        return 92 + 0.05 * key, 24 + 0.05 * query
+        return TRIANGLE_X + TOKEN_PX * key, TRIANGLE_Y + TOKEN_PX * query
 
     fig.polygon([at(0, 0), at(T, T), at(0, T)], "gone area")
     for first, end in runs:
         fig.polygon([at(first, first), at(end, end), at(end, T), at(first, T)], "solid admitted")
     fig.polygon([at(0, 0), at(T, T), at(T - W, T), at(0, W)], "solid window")
     x, y = at(0, t0)
-    fig.rect(x - 3, y - 3, 0.05 * t1 + 6, 0.05 * (t1 - t0) + 6, "query line thick")
-    fig.text(92, 16, "keys →", "small soft")
-    fig.text(84, 34, "queries ↓", "small soft end")
-    fig.text(84, 24 + 0.05 * T, f"T = {T:,}", "small soft end")
+    fig.rect(x - 3, y - 3, TOKEN_PX * t1 + 6, TOKEN_PX * (t1 - t0) + 6, "query line thick")
+    fig.text(TRIANGLE_X, 16, "keys →", "small soft")
+    fig.text(TRIANGLE_X - 8, 34, "queries ↓", "small soft end")
+    fig.text(TRIANGLE_X - 8, TRIANGLE_Y + TOKEN_PX * T, f"T = {T:,}", "small soft end")
 
     # Labels along the slash, two of them with a line to what lies left of it.
     def label(query, text, style, key=None):
@@ -474,7 +553,7 @@ def tile_counts(fig, P, dense_tiles, num_pages, band_tiles):
 def band(fig, x0, y0, W, P, tiles, band_start, runs):
     """The band's mask. The window of the block's query r is at the band's keys r .. r + W - 1."""
     def at(key, query):
-        return x0 + key / 2, y0 + 0.75 * query
+        return x0 + KEY_PX * key, y0 + QUERY_PX * query
 
     fig.polygon([at(0, 0), at(W, 0), at(W + P, P), at(P, P)], "window area")
     for first, end in runs:                 # admitted keys that later queries have left behind
@@ -484,12 +563,15 @@ def band(fig, x0, y0, W, P, tiles, band_start, runs):
             fig.polygon([at(first, first), at(end, end), at(end, P), at(first, P)],
                         "solid admitted")
     for tile in range(tiles):
-        fig.rect(x0 + P / 2 * tile, y0, P / 2, 0.75 * P, "window line", 0)
+        fig.rect(x0 + KEY_PX * P * tile, y0, KEY_PX * P, QUERY_PX * P, "window line", 0)
 
 
 # -------------------------------------------------------------------------------------- 4. decode
 
-def decode():
+TILE = 30                   # the side of a tile in the list
+
+
+def decode_example():
     """Three rows of tiles over four programs: the example of kernels.py, divided by its rules."""
     rows = (5, 1, 6)                                    # tiles of each
     programs = 4
@@ -498,65 +580,79 @@ def decode():
 
     # Program p takes the tiles from total * p // programs up to the next program's first. Where a
     # row ends inside its share, the share has two parts: (program, row, first tile, end).
+    shares = []
     parts = []
     for program in range(programs):
         tile = total * program // programs
         end = total * (program + 1) // programs
+        shares.append(range(tile, end))
         while tile < end:
             row = max(row for row in range(len(rows)) if starts[row] <= tile)
             stop = min(end, starts[row] + rows[row])
             parts.append((program, row, tile, stop))
             tile = stop
+    return Example(rows=rows, programs=programs, total=total, starts=starts, shares=shares,
+                   parts=parts)
 
-    longest = max(rows)
-    share = ceil_div(total, programs)
+
+def draw_decode(e):
+    """The list of tiles and what becomes of its parts; and the same tiles in time."""
+    longest = max(e.rows)
+    share = ceil_div(e.total, e.programs)
     fig = Figure("decode", 376, "How decode's work is split and combined",
-                 f"The {total} tiles of {len(rows)} rows form one list, and {programs} programs "
-                 f"take {share} each. A row in two programs' shares has two partial results, and "
-                 "the program that arrives last combines them. On the right, time: with one "
-                 f"program per row the longest takes {longest} tiles, with even shares {share}.")
-
-    def color(tile):                                   # first the ring, here one page, W <= P
-        return "window" if tile in starts else "admitted"
-
-    # The list of tiles, with a gap between two programs' shares.
-    x_of = {}
-    for program, row, first, stop in parts:
-        for tile in range(first, stop):
-            x_of[tile] = 24 + 32 * tile + 10 * program
-            fig.box(x_of[tile], 40, 30, 30, str(tile), color(tile))
-    for row, tiles in enumerate(rows):
-        left = x_of[starts[row]]
-        right = x_of[starts[row] + tiles - 1] + 30
-        fig.bracket(left + 1, right - 1, 29, "plain")
-        fig.text((left + right) / 2, 22, f"row {row}", "middle bold")
-    for program in range(programs):
-        left = x_of[total * program // programs]
-        right = x_of[total * (program + 1) // programs - 1] + 30
-        fig.bracket(left, right, 82, "plain", ends=-6)
-        fig.text((left + right) / 2, 100, f"program {program}", "middle")
-    combining(fig, parts, x_of)
+                 f"The {e.total} tiles of {len(e.rows)} rows form one list, and {e.programs} "
+                 f"programs take {share} each. A row in two programs' shares has two partial "
+                 "results, and the program that arrives last combines them. On the right, time: "
+                 f"with one program per row the longest takes {longest} tiles, with even shares "
+                 f"{share}.")
+    x_of = draw_tile_list(fig, e)
+    combining(fig, e.parts, x_of)
 
     # The same tiles in time, where each takes equally long.
-    by_row = [range(start, start + tiles) for start, tiles in zip(starts, rows)]
-    by_share = [range(total * p // programs, total * (p + 1) // programs) for p in range(programs)]
-    timeline(fig, 22, "one program per row", by_row, color)
-    timeline(fig, 176, "even shares", by_share, color)
+    by_row = [range(start, start + tiles) for start, tiles in zip(e.starts, e.rows)]
+    timeline(fig, 22, "one program per row", by_row, e.starts)
+    timeline(fig, 176, "even shares", e.shares, e.starts)
 
-    fig.text(24, 364, "a tile is one page:", "small soft")
-    fig.rect(142, 353, 13, 13, "window")
-    fig.text(161, 364, "the ring", "small soft")
-    fig.rect(222, 353, 13, 13, "admitted")
-    fig.text(241, 364, "promoted tokens", "small soft")
-    fig.text(490, 364, "m, l, o: maximum, sum, weighted values", "small soft")
+    y = 364
+    fig.text(24, y, "a tile is one page:", "small soft")
+    fig.rect(142, y - 11, 13, 13, "window")
+    fig.text(161, y, "the ring", "small soft")
+    fig.rect(222, y - 11, 13, 13, "admitted")
+    fig.text(241, y, "promoted tokens", "small soft")
+    fig.text(490, y, "m, l, o: maximum, sum, weighted values", "small soft")
     fig.write()
+
+
+def tile_color(tile, starts):
+    """A row begins with its ring, here one page (W <= P)."""
+    return "window" if tile in starts else "admitted"
+
+
+def draw_tile_list(fig, e):
+    """All tiles, with a gap between two programs' shares; returns {tile: its x}."""
+    x_of = {}
+    for program, tiles in enumerate(e.shares):
+        for tile in tiles:
+            x_of[tile] = 24 + (TILE + 2) * tile + 10 * program
+            fig.box(x_of[tile], 40, TILE, TILE, str(tile), tile_color(tile, e.starts))
+    for row, tiles in enumerate(e.rows):
+        left = x_of[e.starts[row]]
+        right = x_of[e.starts[row] + tiles - 1] + TILE
+        fig.bracket(left + 1, right - 1, 29, "plain")
+        fig.text((left + right) / 2, 22, f"row {row}", "middle bold")
+    for program, tiles in enumerate(e.shares):
+        left = x_of[tiles[0]]
+        right = x_of[tiles[-1]] + TILE
+        fig.bracket(left, right, 82, "plain", ends=-6)
+        fig.text((left + right) / 2, 100, f"program {program}", "middle")
+    return x_of
 
 
 def combining(fig, parts, x_of):
     """From each program's part of a row to the row's output."""
     for row in sorted({row for _, row, _, _ in parts}):
         mine = [part for part in parts if part[1] == row]
-        centers = [(x_of[first] + x_of[stop - 1] + 30) / 2 for _, _, first, stop in mine]
+        centers = [(x_of[first] + x_of[stop - 1] + TILE) / 2 for _, _, first, stop in mine]
         middle = sum(centers) / len(centers)
         fig.rect(middle - 32, 292, 64, 40, "query")
         fig.text(middle, 309, f"row {row}", "middle bold")
@@ -579,38 +675,60 @@ def combining(fig, parts, x_of):
         fig.arrow([(middle, 258), (middle, 291)], "query")
 
 
-def timeline(fig, y, title, lanes, color):
+def timeline(fig, y, title, lanes, starts):
     """When each program is at work; lanes: the tiles of each."""
     left = 560
+    step_width = 28
+    lane_height = 26
     fig.text(490, y, title, "bold")
     for program, tiles in enumerate(lanes):
-        top = y + 14 + 26 * program
+        top = y + 14 + lane_height * program
         fig.text(490, top + 16, f"program {program}", "small soft")
         for step, tile in enumerate(tiles):
-            fig.box(left + 28 * step, top, 26, 22, str(tile), color(tile), "small")
+            color = tile_color(tile, starts)
+            fig.box(left + step_width * step, top, 26, 22, str(tile), color, "small")
     longest = max(len(tiles) for tiles in lanes)
-    end = left + 28 * longest + 1
-    bottom = y + 16 + 26 * len(lanes)
+    end = left + step_width * longest + 1
+    bottom = y + 16 + lane_height * len(lanes)
     fig.line([(end, y + 8), (end, bottom)], "strong")
     fig.text(end, bottom + 16, f"{longest} tiles of time", "end bold")
 
 
 # ------------------------------------------------------------------- 5. three primitives, one row
 
-def primitives():
-    """One row of a small cache: what is written, what a budget removes, what a step reads."""
-    W, P, tau, sinks = 8, 4, 0.1, 4
-    budget = 20                         # pages of promoted tokens, over all rows
-    most_selected = 3                   # of a row's pages of promoted tokens, for a decode step
-    # The gates of four rows that share the budget. The first row is drawn.
+PART_WIDTH = 224            # of each of the three parts, which stand side by side
+PART_X = (24, 268, 512)     # where each begins
+PAGES_Y = 245               # of the pages below the plots
+SMALL_STEP = 27             # from one of them to the next
+
+
+def four_rows_of_gates(tau):
+    """The gates of four rows that share a budget. The first row is drawn."""
     gates = [[0.99, 0.06, 0.24, 0.03, 0.71, 0.02, 0.31, 0.88, 0.04, 0.17, 0.93,
               0.05, 0.28, 0.01, 0.78, 0.43, 0.03, 0.64, 0.97, 0.07, 0.02, 0.21,
               0.83, 0.46, 0.04, 0.90, 0.26, 0.05, 0.58, 0.02, 0.75, 0.95, 0.41,
               0.04, 0.88, 0.19, 0.03, 0.69, 0.05, 0.27, 0.02, 0.86, 0.06, 0.04]]
     rng = random.Random(57)
-    for share in (0.5, 0.2, 0.8):
-        gates.append([1 - (1 - tau) * rng.random() ** 2 if rng.random() < share
-                      else rng.uniform(0, tau) for _ in gates[0]])
+    for share in (0.5, 0.2, 0.8):                       # of a row's tokens that are admitted
+        row = []
+        for _ in gates[0]:
+            if rng.random() < share:
+                row.append(1 - (1 - tau) * rng.random() ** 2)
+            else:
+                row.append(rng.uniform(0, tau))
+        gates.append(row)
+    return gates
+
+
+def primitives_example():
+    """One row of a small cache: what is written, what a budget removes, what a step reads."""
+    W = 8
+    P = 4
+    tau = 0.1
+    sinks = 4
+    budget = 20                         # pages of promoted tokens, over all rows
+    most_selected = 3                   # of a row's pages of promoted tokens, for a decode step
+    gates = four_rows_of_gates(tau)
 
     # 1. Tokens leave the rings, until the promoted ones take more pages than the budget has.
     held = [[] for _ in gates]
@@ -637,24 +755,36 @@ def primitives():
     full, partial = divmod(len(left[0] + new), P)
     bounds = page_bounds(full, P)
     best_first = sorted(range(full), key=lambda page: bounds[page], reverse=True)
-    chosen = best_first[:most_selected - (partial > 0)]
+    if partial:
+        most_selected -= 1
+    return Example(W=W, P=P, tau=tau, sinks=sinks, budget=budget, gates=gates[0], held=held,
+                   leaving=leaving, left=left, cut=cut, new=new, bounds=bounds,
+                   chosen=best_first[:most_selected])
 
-    before, after = pages_of(held, P), pages_of(left, P)
+
+def draw_primitives(e):
+    """The same row three times: under admission, eviction and selection."""
+    promoted = len(e.held[0])
+    before = pages_of(e.held, e.P)
+    after = pages_of(e.left, e.P)
     fig = Figure("primitives", 362, "Admission, eviction and selection in one row",
-                 f"Admission: {leaving} tokens have left the ring. {len(held[0])} had a gate of at "
-                 f"least tau = {tau} and were promoted to {pages_of(held[:1], P)} pages; the "
+                 f"Admission: {e.leaving} tokens have left the ring. {promoted} had a gate of at "
+                 f"least tau = {e.tau} and were promoted to {pages_of(e.held[:1], e.P)} pages; the "
                  f"others were refused and are gone. Eviction: the promoted tokens of all rows "
-                 f"take {before} pages, and the budget is {budget}. Those with the lowest gates "
-                 f"are evicted until {after} pages are left. So tau rises to {cut:.2f}, and later "
-                 f"tokens need that. This row loses {len(held[0]) - len(left[0])} tokens, none of "
-                 f"its first {sinks}; the others move together. Selection: a decode step reads "
-                 f"the ring, the partial page, and of {full} full pages the {len(chosen)} with the "
-                 f"largest bounds on q . k. The other pages stay.")
-    draw_admission(fig, 24, gates[0], held[0], leaving, tau, W, P)
-    draw_eviction(fig, 268, gates[0], held[0], left[0], new, tau, cut, sinks, W, P)
-    draw_selection(fig, 512, len(left[0] + new), bounds, chosen, W, P)
-    draw_budget(fig, 24, held, P, budget, f"all rows: {before} pages, the budget is {budget}")
-    draw_budget(fig, 268, left, P, budget, f"all rows' lowest gates go: {after} pages, 90%")
+                 f"take {before} pages, and the budget is {e.budget}. Those with the lowest gates "
+                 f"are evicted until {after} pages are left. So tau rises to {e.cut:.2f}, and "
+                 f"later tokens need that. This row loses {promoted - len(e.left[0])} tokens, none "
+                 f"of its first {e.sinks}; the others move together. Selection: a decode step "
+                 f"reads the ring, the partial page, and of {len(e.bounds)} full pages the "
+                 f"{len(e.chosen)} with the largest bounds on q . k. The other pages stay.")
+    first, second, third = PART_X
+    draw_admission(fig, first, e)
+    draw_eviction(fig, second, e)
+    draw_selection(fig, third, e)
+    draw_budget(fig, first, e.held, e.P, e.budget,
+                f"all rows: {before} pages, the budget is {e.budget}")
+    draw_budget(fig, second, e.left, e.P, e.budget,
+                f"all rows' lowest gates go: {after} pages, 90%")
     fig.write()
 
 
@@ -680,8 +810,8 @@ def page_bounds(num_pages, P, D=8):
 def heading(fig, x, name, meaning, words):
     """The head of a part of this drawing, and what its colors mean: (word, style, width)."""
     fig.text(x, 22, name, "bold")
-    fig.text(x + 224, 22, meaning, "end soft")
-    fig.line([(x, 30), (x + 224, 30)], "plain")
+    fig.text(x + PART_WIDTH, 22, meaning, "end soft")
+    fig.line([(x, 30), (x + PART_WIDTH, 30)], "plain")
     for word, style, width in words:
         fig.rect(x + 0.5, 40, 9, 9, style, 0)
         fig.text(x + 15, 49, word, "small")
@@ -695,7 +825,7 @@ def gate_height(g):
 
 def gate_plot(fig, x, gates, styles):
     """A bar for each gate that has a style. Returns where they begin, and the end."""
-    step = (224 - 30) / len(gates)
+    step = (PART_WIDTH - 30) / len(gates)
     edges = [x + 30 + step * t for t in range(len(gates) + 1)]
     for g, left, style in zip(gates, edges, styles):
         if style:
@@ -715,113 +845,134 @@ def threshold(fig, x0, x1, tau, name):
 
 
 def small_pages(fig, x, y, P, cells, color):
-    """Pages side by side, 27 px each, filled from the top down; cells: a style for each token."""
+    """Pages side by side, filled from the top down; cells: a style for each token."""
     for place, style in enumerate(cells):
         page, slot = divmod(place, P)
-        fig.rect(x + 27 * page + 2, y + 2 + 7 * slot, 20, 6, style, 0)
+        fig.rect(x + SMALL_STEP * page + 2, y + 2 + 7 * slot, 20, 6, style, 0)
     for page in range(ceil_div(len(cells), P)):
-        fig.rect(x + 27 * page, y, 24, 7 * P + 3, f"{color} line")
+        fig.rect(x + SMALL_STEP * page, y, 24, 7 * P + 3, f"{color} line")
 
 
-def draw_admission(fig, x, gates, promoted, leaving, tau, W, P):
+def draw_admission(fig, x, e):
     """Gates from tau on and below it, and those of the ring's tokens, which do not count yet."""
     heading(fig, x, "1. admission", "what is written",
             (("admitted", "solid admitted", 76), ("refused", "solid gone", 70),
              ("in the ring", "solid window", 0)))
-    styles = ["solid admitted" if g >= tau else "solid gone" for g in gates[:leaving]]
-    edges = gate_plot(fig, x, gates, styles + ["solid window"] * W)
-    threshold(fig, edges[0], edges[leaving], tau, "tau")        # not for the ring's tokens yet
-    fig.bracket(edges[0], edges[leaving] - 2, 180, "plain", ends=-5)
-    fig.bracket(edges[leaving] + 1, edges[-1], 180, "window", ends=-5)
-    fig.text((edges[0] + edges[leaving]) / 2, 196, f"{leaving} have left the ring", "middle small")
-    fig.text((edges[leaving] + edges[-1]) / 2, 196, "ring", "middle small window")
+    styles = ["solid admitted" if g >= e.tau else "solid gone" for g in e.gates[:e.leaving]]
+    edges = gate_plot(fig, x, e.gates, styles + ["solid window"] * e.W)
+    first = edges[0]
+    ring = edges[e.leaving]                             # where the ring's tokens begin
+    end = edges[-1]
+    threshold(fig, first, ring, e.tau, "tau")           # not for the ring's tokens yet
+    fig.bracket(first, ring - 2, 180, "plain", ends=-5)
+    fig.bracket(ring + 1, end, 180, "window", ends=-5)
+    fig.text((first + ring) / 2, 196, f"{e.leaving} have left the ring", "middle small")
+    fig.text((ring + end) / 2, 196, "ring", "middle small window")
 
     # Below: where the tokens of the plot are now.
+    right = x + PART_WIDTH
+    promoted = len(e.held[0])
     fig.arrow([(x + 12, 202), (x + 12, 238)], "admitted")
-    fig.text(x + 23, 224, f"{len(promoted)} promoted", "small bold admitted")
-    fig.text(x + 224, 224, f"{leaving - len(promoted)} refused: gone", "end small soft")
-    small_pages(fig, x, 245, P, ["admitted area"] * len(promoted), "admitted")
-    small_pages(fig, x + 224 - 27 * ceil_div(W, P) + 3, 245, P, ["window area"] * W, "window")
-    fig.text(x, 292, f"one row: pages of {P} tokens", "small soft")
-    fig.text(x + 224, 292, "its ring", "end small soft")
+    fig.text(x + 23, 224, f"{promoted} promoted", "small bold admitted")
+    fig.text(right, 224, f"{e.leaving - promoted} refused: gone", "end small soft")
+    small_pages(fig, x, PAGES_Y, e.P, ["admitted area"] * promoted, "admitted")
+    ring_x = right - SMALL_STEP * ceil_div(e.W, e.P) + 3
+    small_pages(fig, ring_x, PAGES_Y, e.P, ["window area"] * e.W, "window")
+    fig.text(x, 292, f"one row: pages of {e.P} tokens", "small soft")
+    fig.text(right, 292, "its ring", "end small soft")
 
 
-def draw_eviction(fig, x, gates, before, left, new, tau, cut, sinks, W, P):
+def draw_eviction(fig, x, e):
     """The held tokens that tau' lets go, and how those that are left move together."""
     heading(fig, x, "2. eviction", "what is removed",
             (("held", "solid admitted", 54), ("evicted", "gone", 66), ("refused", "solid gone", 0)))
-    leaving = len(gates) - W
-    styles = [""] * leaving + ["solid gone"] * W        # what was refused before is gone
+    before = e.held[0]
+    left = e.left[0]
+    styles = [""] * e.leaving + ["solid gone"] * e.W    # what was refused before is gone
     for t in before:
         styles[t] = "gone"
-    for t in left + new:
+    for t in left + e.new:
         styles[t] = "solid admitted"
     # Between tau and tau' lies what goes, unless it is a sink. Later tokens there are refused.
-    y = gate_height(cut)
-    fig.rect(x + 30, y, 194, gate_height(tau) - y, "gone area", 0)
-    edges = gate_plot(fig, x, gates, styles)
-    fig.line([(edges[0], gate_height(tau)), (edges[-1], gate_height(tau))], "plain dashed")
-    fig.text(x + 25, gate_height(tau) + 5, "tau", "end small soft")
-    threshold(fig, edges[0], edges[-1], cut, "tau′")
-    fig.bracket(edges[0], edges[sinks] - 1, 180, "plain", ends=-5)
-    fig.bracket(edges[leaving] + 1, edges[-1], 180, "plain", ends=-5)
-    fig.text(x + 10, 196, f"first {sinks} stay (sinks)", "small")
-    fig.text(edges[-1], 196, "later: need tau′", "end small")
+    y = gate_height(e.cut)
+    y_tau = gate_height(e.tau)
+    fig.rect(x + 30, y, 194, y_tau - y, "gone area", 0)
+    edges = gate_plot(fig, x, e.gates, styles)
+    end = edges[-1]
+    fig.line([(edges[0], y_tau), (end, y_tau)], "plain dashed")
+    fig.text(x + 25, y_tau + 5, "tau", "end small soft")
+    threshold(fig, edges[0], end, e.cut, "tau′")
+    fig.bracket(edges[0], edges[e.sinks] - 1, 180, "plain", ends=-5)
+    fig.bracket(edges[e.leaving] + 1, end, 180, "plain", ends=-5)
+    fig.text(x + 10, 196, f"first {e.sinks} stay (sinks)", "small")
+    fig.text(end, 196, "later: need tau′", "end small")
 
     # The row's pages before and after. Dashed: the later tokens that reached tau'.
     cells = ["admitted area" if t in left else "gone" for t in before]
-    small_pages(fig, x + 62, 203, P, cells, "admitted")
-    cells = ["admitted area"] * len(left) + ["admitted dashed"] * len(new)
-    small_pages(fig, x + 62, 245, P, cells, "admitted")
+    small_pages(fig, x + 62, 203, e.P, cells, "admitted")
+    cells = ["admitted area"] * len(left) + ["admitted dashed"] * len(e.new)
+    small_pages(fig, x + 62, PAGES_Y, e.P, cells, "admitted")
     fig.text(x, 223, f"{len(before)} held", "small")
-    fig.text(x, 265, f"{len(left)} held", "small")
+    fig.text(x, PAGES_Y + 20, f"{len(left)} held", "small")
     fig.text(x, 292, "what is left moves together", "small soft")
-    fig.text(edges[-1], 292, f"+ {len(new)} later", "end small admitted")
+    fig.text(end, 292, f"+ {len(e.new)} later", "end small admitted")
 
 
-def draw_selection(fig, x, held, bounds, chosen, W, P):
+def draw_selection(fig, x, e):
     """The bounds of the full pages, and the pages that the query reads."""
     heading(fig, x, "3. selection", "what is read",
             (("chosen", "query", 68), ("not read, stays held", "gone", 0)))
+    ring_pages = ceil_div(e.W, e.P)
     ring = x + 2
-    row = ring + 27 * ceil_div(W, P) + 10               # where the full pages begin
-    last = row + 27 * len(bounds) + 14                  # and the partial one
-    fig.text(x, 74, "bound: largest possible q · k,", "small soft")
-    fig.text(x, 89, "from a page's min and max keys", "small soft")
-    for page, bound in enumerate(bounds):
-        y = gate_height(0.55 * bound / max(bounds))
-        style = "query" if page in chosen else "gone"
-        fig.rect(row + 27 * page + 4, y, 16, gate_height(0) - y, style, 0)
-        fig.text(row + 27 * page + 12, y - 5, f"{bound:.1f}", "middle small")
-    fig.line([(ring, gate_height(0)), (x + 224, gate_height(0))], "plain")
-    fig.text(ring + 25.5, gate_height(0) - 6, "always", "middle small")
-    fig.text(last + 12, gate_height(0) - 6, "always", "middle small")
+    row = ring + SMALL_STEP * ring_pages + 10           # where the full pages begin
+    last = row + SMALL_STEP * len(e.bounds) + 14        # and the partial one
+    draw_bounds(fig, x, ring, row, last, e)
 
     fig.text(ring + 25.5, 196, "ring", "middle small window")
-    fig.text(row + 27 * len(bounds) / 2 - 1.5, 196, "full pages", "middle small admitted")
+    fig.text(row + SMALL_STEP * len(e.bounds) / 2 - 1.5, 196, "full pages", "middle small admitted")
     fig.text(last + 12, 196, "partial", "middle small admitted")
-    small_pages(fig, ring, 203, P, ["window area"] * W, "window")
-    read = [ring + 27 * page + 12 for page in range(ceil_div(W, P))]
-    for page in range(len(bounds)):
-        left = row + 27 * page
-        if page in chosen:
-            small_pages(fig, left, 203, P, ["admitted area"] * P, "admitted")
-            fig.rect(left - 2, 201, 28, 7 * P + 7, "query line thick")
+    small_pages(fig, ring, 203, e.P, ["window area"] * e.W, "window")
+    read = [ring + SMALL_STEP * page + 12 for page in range(ring_pages)]
+    for page in range(len(e.bounds)):
+        left = row + SMALL_STEP * page
+        if page in e.chosen:
+            small_pages(fig, left, 203, e.P, ["admitted area"] * e.P, "admitted")
+            fig.rect(left - 2, 201, 28, 7 * e.P + 7, "query line thick")
             read.append(left + 12)
         else:
-            small_pages(fig, left, 203, P, ["gone area"] * P, "gone")
-    small_pages(fig, last, 203, P, ["admitted area"] * (held % P), "admitted")
+            small_pages(fig, left, 203, e.P, ["gone area"] * e.P, "gone")
+    held = len(e.left[0] + e.new)
+    small_pages(fig, last, 203, e.P, ["admitted area"] * (held % e.P), "admitted")
     read.append(last + 12)
+    draw_reads(fig, read, ring_pages + ceil_div(held, e.P))
 
-    # From the query up to each page that it reads.
+
+def draw_bounds(fig, x, ring, row, last, e):
+    """A bar above each full page; the ring and the partial page are read without one."""
+    zero = gate_height(0)
+    fig.text(x, 74, "bound: largest possible q · k,", "small soft")
+    fig.text(x, 89, "from a page's min and max keys", "small soft")
+    for page, bound in enumerate(e.bounds):
+        y = gate_height(0.55 * bound / max(e.bounds))
+        style = "query" if page in e.chosen else "gone"
+        left = row + SMALL_STEP * page
+        fig.rect(left + 4, y, 16, zero - y, style, 0)
+        fig.text(left + 12, y - 5, f"{bound:.1f}", "middle small")
+    fig.line([(ring, zero), (x + PART_WIDTH, zero)], "plain")
+    fig.text(ring + 25.5, zero - 6, "always", "middle small")
+    fig.text(last + 12, zero - 6, "always", "middle small")
+
+
+def draw_reads(fig, read, num_pages):
+    """From the query up to each page that it reads; read: the centers of these."""
     middle = (read[0] + read[-1]) / 2
-    fig.line([(middle, 276), (middle, 260), (read[0], 260)], "query line")
-    fig.line([(middle, 260), (read[-1], 260)], "query line")
+    fork = 260                                          # the y of the line that all arrows leave
+    fig.line([(middle, 276), (middle, fork), (read[0], fork)], "query line")
+    fig.line([(middle, fork), (read[-1], fork)], "query line")
     for center in read:
-        fig.arrow([(center, 260), (center, 240)], "query")
+        fig.arrow([(center, fork), (center, 240)], "query")
     fig.box(middle - 32, 276, 64, 28, "query", "query", "bold")
-    pages = ceil_div(W, P) + ceil_div(held, P)
-    fig.text(middle, 322, f"reads {len(read)} of {pages} pages", "middle small")
+    fig.text(middle, 322, f"reads {len(read)} of {num_pages} pages", "middle small")
     fig.text(middle, 338, "the next query may choose others", "middle small soft")
 
 
@@ -844,19 +995,31 @@ def draw_budget(fig, x, rows, P, budget, label):
 
 # ------------------------------------------------------------------------------------ 6. training
 
-def training():
+TILES_X = 440               # the upper left corner of the tile map
+TILES_Y = 62
+TILE_STEP = 22              # from one of its tiles to the next
+
+
+def training_example():
+    """A small causal triangle in tiles, and one of its blocks of queries."""
+    return Example(T=96, W=28, BM=8, BN=8, t0=40)
+
+
+def draw_training(e):
     """The curve of the sparsity loss; and FAR, NEAR and EDGE tiles."""
     fig = Figure("training", 414, "The sparsity loss, and the tiles of the training kernels",
                  "Left: the cost 1 - (1 - g)^2 of a gate g, with slope 2 at 0 and slope 0 at 1, "
                  "and the straight line g. Right, queries down and keys across: a tile wholly "
                  "outside the window is FAR, one wholly inside it is NEAR, and one that the "
                  "diagonal or the window's edge runs through is EDGE.")
-    cost_curve(fig)
-    tile_map(fig)
+    draw_cost_curve(fig)
+    draw_tile_map(fig, e)
+    draw_query_block(fig, e)
+    draw_tile_kinds(fig, tile_place(0, e.T, e)[1] + 24)
     fig.write()
 
 
-def cost_curve(fig):
+def draw_cost_curve(fig):
     """1 - (1 - g)^2 with its tangents at both ends, above the line g."""
     x0, y0, side = 52, 62, 286
 
@@ -902,20 +1065,23 @@ def key_tiles(t0, T, W, BM, BN):
     return far, min(near, diagonal), diagonal, min(t0 + BM, T)
 
 
-def tile_map(fig):
-    """The causal triangle of a small example in tiles, and the bounds of one block of queries."""
-    T, W, BM, BN = 96, 28, 8, 8
-    x0, y0, scale = 440, 62, 22 / BN                    # 22 px a tile
+def tile_place(key, query, e):
+    """Where a key and a query meet in the tile map."""
+    return TILES_X + TILE_STEP / e.BN * key, TILES_Y + TILE_STEP / e.BM * query
 
+
+def draw_tile_map(fig, e):
+    """The causal triangle in tiles, each with the first letter of its kind."""
     def at(key, query):
-        return x0 + scale * key, y0 + scale * query
+        return tile_place(key, query, e)
 
     # Under the tiles: the window, and what is older.
-    fig.polygon([at(0, 0), at(T, T), at(T - W, T), at(0, W)], "window area")
-    fig.polygon([at(0, W), at(T - W, T), at(0, T)], "admitted area")
-    for t0 in range(0, T, BM):
-        far, near, diagonal, stop = key_tiles(t0, T, W, BM, BN)
-        for j0 in range(0, stop, BN):
+    T = e.T
+    fig.polygon([at(0, 0), at(T, T), at(T - e.W, T), at(0, e.W)], "window area")
+    fig.polygon([at(0, e.W), at(T - e.W, T), at(0, T)], "admitted area")
+    for t0 in range(0, T, e.BM):
+        far, near, diagonal, stop = key_tiles(t0, T, e.W, e.BM, e.BN)
+        for j0 in range(0, stop, e.BN):
             x, y = at(j0, t0)
             kind, style = "E", "strong edge"
             if j0 < far:
@@ -925,36 +1091,41 @@ def tile_map(fig):
             fig.rect(x + 1, y + 1, 20, 20, style, 0)
             fig.text(x + 11, y + 15.3, kind, "middle small")
 
-    fig.text(x0 - 8, 24, "tiles of the training kernels", "bold")
-    fig.text(x0, y0 - 10, "keys →", "small soft")
-    fig.text(x0 - 8, y0 + 12, "queries ↓", "small soft end")
-    fig.text(736, y0 + 12, f"T = {T}, W = {W}", "end soft")
-    fig.text(736, y0 + 29, f"tiles of {BM} × {BN}", "end soft")
+    left = TILES_X - 8
+    fig.text(left, 24, "tiles of the training kernels", "bold")
+    fig.text(TILES_X, TILES_Y - 10, "keys →", "small soft")
+    fig.text(left, TILES_Y + 12, "queries ↓", "small soft end")
+    fig.text(736, TILES_Y + 12, f"T = {T}, W = {e.W}", "end soft")
+    fig.text(736, TILES_Y + 29, f"tiles of {e.BM} × {e.BN}", "end soft")
 
-    # One block of queries.
-    t0 = 40
-    far, near, diagonal, stop = key_tiles(t0, T, W, BM, BN)
-    x, y = at(0, t0)
-    fig.rect(x - 2, y - 2, scale * stop + 4, 26, "query line thick")
-    x += scale * stop + 12
-    fig.text(x, y - 20, f"queries {t0} … {t0 + BM - 1}: keys", "query bold")
+
+def draw_query_block(fig, e):
+    """A frame around one block of queries, and the bounds of its tiles."""
+    far, near, diagonal, stop = key_tiles(e.t0, e.T, e.W, e.BM, e.BN)
+    x, y = tile_place(0, e.t0, e)
+    end, _ = tile_place(stop, e.t0, e)
+    fig.rect(x - 2, y - 2, end - x + 4, 26, "query line thick")
+    x = end + 12
+    fig.text(x, y - 20, f"queries {e.t0} … {e.t0 + e.BM - 1}: keys", "query bold")
     fig.text(x, y - 3, f"F [0, {far}), E [{far}, {near}),", "query")
     fig.text(x, y + 14, f"N [{near}, {diagonal}), E [{diagonal}, {stop})", "query")
 
-    y = y0 + scale * T + 24
-    for place, (kind, meaning) in enumerate((
-            ("FAR", "outside the window: add log g, no mask"),
-            ("NEAR", "inside it: nothing to add, no mask"),
-            ("EDGE", "an edge runs through: the exact mask"))):
-        fig.text(x0 - 8, y + 18 * place, kind, "bold")
-        fig.text(x0 + 38, y + 18 * place, meaning, "soft")
+
+def draw_tile_kinds(fig, y):
+    """What the letters mean."""
+    kinds = (("FAR", "outside the window: add log g, no mask"),
+             ("NEAR", "inside it: nothing to add, no mask"),
+             ("EDGE", "an edge runs through: the exact mask"))
+    for place, (kind, meaning) in enumerate(kinds):
+        fig.text(TILES_X - 8, y + 18 * place, kind, "bold")
+        fig.text(TILES_X + 38, y + 18 * place, meaning, "soft")
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()    # only --help
-    token()
-    pages()
-    prefill()
-    decode()
-    primitives()
-    training()
+    draw_token(token_example())
+    draw_pages(pages_example())
+    draw_prefill(prefill_example())
+    draw_decode(decode_example())
+    draw_primitives(primitives_example())
+    draw_training(training_example())

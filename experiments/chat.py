@@ -120,11 +120,9 @@ def make_haystack(source_text):
 
 
 def make_case(task, haystack, tokens, text, rng):
-    """A Case of at most `tokens` tokens, and of nearly as many."""
+    """A Case of any task but chat, of at most `tokens` tokens and of nearly as many."""
     if task == "words":
         return most_frequent(haystack, tokens, text, rng)
-    if task == "chat":
-        return second_turn(haystack, tokens, text, rng, *rng.choice(PAGE))
     pieces, question, answers = HIDDEN[task](rng)
     prose = stretch(haystack, tokens, text, rng)
     seed = rng.getrandbits(64)
@@ -232,7 +230,8 @@ HIDDEN = dict(needle=needle, needles=needles, values=values, tracking=tracking)
 
 # ---- cases that hide nothing in a book
 
-COMMON, OTHERS = 3, 20      # words: so many are frequent, so many are not
+COMMON = 3                  # words: so many are frequent,
+OTHERS = 20                 # and so many are not
 COMMON_SHARE = 0.2          # of the list, for each of the frequent ones; the others: 0.02
 
 
@@ -368,7 +367,11 @@ def contained(answers, said):
 
 def batches(model, items, length):
     """Parts of a list for one cache each: on a GPU some 131,072 tokens, 32 sequences at most."""
-    tokens, most = (2**17, 32) if model.device.type == "cuda" else (2**13, 8)
+    tokens = 2**13
+    most = 8
+    if model.device.type == "cuda":
+        tokens = 2**17
+        most = 32
     size = max(1, min(most, tokens // max(map(length, items))))
     return [items[start:start + size] for start in range(0, len(items), size)]
 
@@ -548,12 +551,11 @@ class Comparison:
             own = self.row(settings, lambda: gates, task, tokens, full=full)
             limits = dict(budget=self.args.budget_tokens, select=self.args.select)
             if any(limits.values()):
-                self.row(dict(settings, **limits), lambda: self.limited(gates), task, tokens,
-                         full=full)
+                make = functools.partial(self.limited, gates)
+                self.row(dict(settings, **limits), make, task, tokens, full=full)
             for name, family in (BESIDE if self.args.simpler else {}).items():
-                def make():
-                    return self.same_bytes(family, gates.window, own["kept"], task, tokens)
-
+                make = functools.partial(self.same_bytes, family, gates.window, own["kept"], task,
+                                         tokens)
                 beside = dict(policy=name, beside=settings["policy"], gates=settings["gates"])
                 self.row(beside, make, task, tokens, full=full, gates=own)
 
@@ -572,7 +574,8 @@ class Comparison:
             scores, kept = self.measure(policy, task, tokens)
             result = interval(scores, bounded=task in ASKED)
             for name, other in others.items():
-                result[f"minus_{name}"] = minus(scores, other[task]["scores"])
+                result[f"minus_{name}"] = minus(scores, other[task]["scores"],
+                                                 bounded=task in ASKED)
             result["scores"] = [round(score, 4) for score in scores]
             return {"kept": kept, "window": getattr(policy, "window", None), task: result}
 

@@ -8,15 +8,16 @@ if its number reaches `tau`. Every policy here has the signature of `wgkv.Gates.
 
     SinksAndWindow         the first tokens and a sliding window (StreamingLLM); with no sinks, the
                            sliding window alone
-    wgkv.RandomAdmission   tokens chosen uniformly at random
+    RandomAndSinks         the first tokens, and tokens chosen uniformly at random
     FrequencyAdmission     tokens that were rare so far in this document
-    HeadwiseAdmission      some heads keep every token, the others their window (as DuoAttention)
+    HeadwiseAdmission      some heads keep every token, the others sinks and window (DuoAttention)
     OracleAdmission        the keys that the question attends to (the signal of SnapKV). Unfair: it
                            sees the question before it decides, and no other policy here does
     Limited                any of them, in a cache with a budget or a selection
 
 `SIMPLER` is the table of all of them. `matched` makes one that keeps as many bytes as the gates.
 """
+import functools
 import sys
 from collections import Counter
 
@@ -30,7 +31,7 @@ from generate import prefill
 from model import CausalAttention, rotate
 from wgkv import DenseCache, DualCache, P, RandomAdmission
 
-SINKS = 16
+KEPT_SINKS = 16         # the first tokens, which some policies keep; eviction spares wgkv.SINKS, 4
 
 
 # --------------------------------------------------------------------------- policies in one line
@@ -39,7 +40,7 @@ class SinksAndWindow:
     """Admit the first `sinks` tokens and nothing else."""
     tau = 0.5
 
-    def __init__(self, window, sinks=SINKS):
+    def __init__(self, window, sinks=KEPT_SINKS):
         self.window = window
         self.sinks = sinks
 
@@ -48,33 +49,40 @@ class SinksAndWindow:
         return is_sink.float()[:, None].expand(k.shape[:3])     # (B, Hkv, T)
 
 
-def uniform_random(window, share):
-    """Admit this share of the tokens, chosen at random and differently in each head."""
-    policy = RandomAdmission(share)
-    policy.window = window
-    return policy
+class RandomAndSinks(RandomAdmission):
+    """Admit the first `sinks` tokens, and a share of the others at random, others in each head.
+
+    Attention that finds nothing rests on the first tokens. Without them prose suffers far more than
+    it does from what else is missing, so a baseline without them would be too easy to beat.
+    """
+
+    def __init__(self, window, share, sinks=KEPT_SINKS):
+        super().__init__(share)
+        self.window = window
+        self.sinks = sinks
+
+    def gate(self, layer, k, k_rotated, positions):
+        is_sink = (positions < self.sinks)[:, None]             # (B or 1, 1, T)
+        return super().gate(layer, k, k_rotated, positions).masked_fill(is_sink, 1.0)
 
 
 class HeadwiseAdmission:
-    """One decision per head: the best heads keep every token, the others only their window.
+    """One decision per head: the best heads keep every token, the others sinks and their window.
 
     This is DuoAttention's idea, with a ranking instead of learned weights: ranking (L, Hkv) is 0
     for the head that most deserves a full cache. `share` is the share of heads that get one.
     """
     tau = 0.5
 
-    def __init__(self, window, ranking, share, length):
-        num_heads = ranking.numel()
-        num_full = int(share * num_heads)
-        self.is_full = ranking < num_full                       # (L, Hkv)
-
-        # share * num_heads is rarely a whole number. What is left of a head pays for a wider window
-        # in all heads, in documents of `length` tokens: so the bytes of the gates are met closely.
-        left_over = share * num_heads - num_full
-        self.window = window + round(left_over * (length - window) / num_heads)
+    def __init__(self, window, ranking, share, sinks=KEPT_SINKS):
+        self.window = window
+        self.sinks = sinks
+        self.is_full = ranking < round(share * ranking.numel())     # (L, Hkv)
 
     def gate(self, layer, k, k_rotated, positions):
-        return self.is_full[layer].float()[None, :, None].expand(k.shape[:3])
+        is_sink = (positions < self.sinks)[:, None]             # (B or 1, 1, T)
+        is_full = self.is_full[layer][None, :, None]            # (1, Hkv, 1)
+        return (is_sink | is_full).float().expand(k.shape[:3])  # (B, Hkv, T)
 
 
 # ------------------------------------------------------- policies that look at the document first
@@ -99,11 +107,12 @@ class PrecomputedAdmission:
         # is the value of every token after the body. Those are the question and the answer, a few
         # tokens that lie in the window anyway.
         padded = [F.pad(v, (0, longest + 1 - v.shape[-1]), value=1.0) for v in values]
-        self.g = torch.stack(padded, dim=1)                     # (L or 1, B, Hkv or 1, longest + 1)
+        g = torch.stack(padded, dim=1)                          # (L or 1, B, Hkv or 1, longest + 1)
+        self.g = g.expand(model.config.num_layers, -1, -1, -1)
 
     def gate(self, layer, k, k_rotated, positions):
         B, Hkv, T, _ = k.shape
-        g = self.g[layer % len(self.g)].expand(B, Hkv, -1)      # layer % 1 is 0: all layers agree
+        g = self.g[layer].expand(B, Hkv, -1)
         last_column = g.shape[-1] - 1
         columns = positions.clamp(max=last_column)              # (B, T)
         return g.gather(2, columns[:, None].expand(B, Hkv, T))
@@ -143,8 +152,7 @@ class OracleAdmission(PrecomputedAdmission):
         mass = F.max_pool1d(mass, kernel_size=7, stride=1, padding=3)
 
         # Only the order counts: the key with the most attention gets 1, whatever its mass is.
-        rank = mass.argsort(dim=-1, descending=True).argsort(dim=-1)            # 0: the most
-        return 1 - rank / len(body)
+        return 1 - places(mass) / len(body)
 
 
 # --------------------------------------------------------------------------- with other primitives
@@ -178,17 +186,37 @@ class Limited:
 
 # --------------------------------------------------------------------- what full attention looks at
 
-class AttentionRecorder(CausalAttention):
-    """Full causal attention that records how much of it the last queries give to each key.
+def mean_weight(weights, i, j):
+    """How much attention each key gets: (B, Hkv, T), which sums to 1 over the keys.
 
-    After a forward pass mass[layer] is (B, Hkv, T): the mean over the `last` queries and over the G
-    query heads that share a KV head. It sums to 1 over the keys.
+    weights (B, Hkv, G, n, T): the softmax weights of n queries, at positions i (n, 1), over keys at
+    positions j (T). The mean is over the queries and over the G query heads of a KV head.
+    """
+    return weights.mean(dim=(2, 3))
+
+
+def largest_far_weight(weights, i, j, window):
+    """(B, Hkv): how strongly a head looks at single keys that a window and sinks would not keep.
+
+    For each query the largest weight of such a key, and then the mean over queries and query heads.
+    The sum of these weights would not do: a head that spreads its attention evenly over a long text
+    has a large sum far away, and loses little without it.
+    """
+    far = (i - j >= window) & (j >= KEPT_SINKS)                             # (n, T)
+    return weights.masked_fill(~far, 0).amax(dim=-1).mean(dim=(2, 3))
+
+
+class AttentionRecorder(CausalAttention):
+    """Full causal attention that measures what the last queries attend to.
+
+    After a forward pass measured[layer] is measure(weights, i, j) of the `last` queries.
     """
 
-    def __init__(self, device, last):
+    def __init__(self, device, last, measure=mean_weight):
         super().__init__(device)
         self.last = last
-        self.mass = {}
+        self.measure = measure
+        self.measured = {}
 
     def attend(self, layer, q, k, v, cos, sin):
         B, Hkv, T, D = k.shape
@@ -200,52 +228,80 @@ class AttentionRecorder(CausalAttention):
         i = torch.arange(T - n, T, device=q.device)[:, None]
         j = torch.arange(T, device=q.device)
         weights = scores.masked_fill(j > i, -torch.inf).softmax(dim=-1)
-        self.mass[layer] = weights.mean(dim=(2, 3))                             # over G and n
+        self.measured[layer] = self.measure(weights, i, j)
         return super().attend(layer, q, k, v, cos, sin)
 
 
 @torch.no_grad()
-def attention_mass(model, ids, last):
-    """(L, Hkv, S): the share of the last queries' attention that each of the S ids gets."""
-    recorder = AttentionRecorder(model.device, last)
+def attention_mass(model, ids, last, measure=mean_weight):
+    """(L, Hkv, S): the share of the last queries' attention that each of the S ids gets.
+
+    With another measure: (L, Hkv, ...), what it gives for each layer.
+    """
+    recorder = AttentionRecorder(model.device, last, measure)
     model(torch.tensor([ids], device=model.device), recorder)
     layers = range(model.config.num_layers)
-    return torch.cat([recorder.mass[layer] for layer in layers])                # B is 1
+    return torch.cat([recorder.measured[layer] for layer in layers])            # B is 1
 
 
 def rank_heads(model, text, documents, window):
-    """Rank the heads by how much the answers attend to keys outside the window.
+    """Rank the heads by how strongly questions and answers look at single keys far away.
 
-    Returns (L, Hkv): 0 for the head that attends most, 1 for the next.
+    Returns (L, Hkv): 0 for the head that looks most strongly, 1 for the next.
     """
-    far = 0
+    measure = functools.partial(largest_far_weight, window=window)
+    strength = 0
     for d in documents:
         body = text.encode(d.body)
         said = "".join(question + answer for question, answer in d.questions)
         asked = text.encode(said, begin=False, control=True)                    # with END
-        mass = attention_mass(model, body + asked, last=len(asked))             # (L, Hkv, S)
-        outside = max(1, len(body) - window)
-        far = far + mass[:, :, :outside].sum(dim=-1)                            # (L, Hkv)
-    order = far.flatten().argsort(descending=True)      # order[n]: the head in place n
-    return order.argsort().view_as(far)                 # its inverse: the place of each head
+        strength = strength + attention_mass(model, body + asked, len(asked), measure)
+    return places(strength.flatten()).view_as(strength)                         # (L, Hkv)
+
+
+def places(values):
+    """The place of each number along the last axis: 0 for the largest, 1 for the next."""
+    order = values.argsort(dim=-1, descending=True)     # order[n]: who is in place n
+    return order.argsort(dim=-1)                        # its inverse
 
 
 # ------------------------------------------------------------------------------- at the same bytes
 
-# name -> make(window, share, length, ranking), for share from 0 to 1: a larger share keeps more.
-# ranking() gives the ranking of heads. It is a function because it costs forward passes, and only
-# HeadwiseAdmission needs it.
+# Each makes a policy of `share`, from 0 to 1: a larger share keeps more. window: that of the gates.
+# length: of the documents, in tokens. ranking() gives the ranking of heads: a function, because it
+# costs forward passes.
+
+def sliding_window(window, share, length, ranking):
+    return SinksAndWindow(max(1, round(share * length)), sinks=0)
+
+
+def sinks_and_window(window, share, length, ranking):
+    return SinksAndWindow(max(1, round(share * length)))
+
+
+def uniform_random(window, share, length=None, ranking=None):
+    return RandomAndSinks(window, share)
+
+
+def rare_tokens(window, share, length, ranking):
+    return FrequencyAdmission(window, share)
+
+
+def whole_heads(window, share, length, ranking):
+    return HeadwiseAdmission(window, ranking(), share)
+
+
+def oracle(window, share, length, ranking):
+    return OracleAdmission(window, share)
+
+
 SIMPLER = {
-    "sliding window": lambda window, share, length, ranking:
-        SinksAndWindow(max(1, round(share * length)), sinks=0),
-    "16 sinks + window": lambda window, share, length, ranking:
-        SinksAndWindow(max(1, round(share * length))),
-    "uniform random": lambda window, share, length, ranking: uniform_random(window, share),
-    "rare tokens": lambda window, share, length, ranking: FrequencyAdmission(window, share),
-    "whole heads": lambda window, share, length, ranking:
-        HeadwiseAdmission(window, ranking(), share, length),
-    "oracle (unfair: sees the question)": lambda window, share, length, ranking:
-        OracleAdmission(window, share),
+    "sliding window": sliding_window,
+    "16 sinks + window": sinks_and_window,
+    "uniform random": uniform_random,
+    "rare tokens": rare_tokens,
+    "whole heads": whole_heads,
+    "oracle (unfair: sees the question)": oracle,
 }
 
 
@@ -263,10 +319,10 @@ def make_cache(model, text, policy, documents):
 def matched(make, kept, model, text, documents):
     """make(share) with the share that keeps `kept` of a dense cache's bytes, found by bisection.
 
-    The bytes are measured on `documents`. They grow in steps: where all heads agree, the least step
-    is a page for every head. We then take the step above `kept`, and the largest share that needs
-    no further page: the simpler policy should not be the one with fewer bytes. (HeadwiseAdmission
-    may end a little below: with one full head more, all windows shrink again.)
+    The bytes are measured on `documents`. They grow with the share, in steps: where all heads
+    agree, the least step is a page for every head. We then take the step above `kept`, and the
+    largest share that needs no further page: the simpler policy should not be the one with fewer
+    bytes.
     """
     bodies = [text.encode(d.body) for d in documents]
 
@@ -287,5 +343,6 @@ def matched(make, kept, model, text, documents):
         return below, above
 
     _, above = bracket(kept)
-    share, _ = bracket(kept_by(above))
+    step_above = kept_by(above)
+    share, _ = bracket(step_above)
     return make(share)

@@ -86,8 +86,10 @@ class HardConcreteGates(Gates):
 
     So what we save is an ordinary file of gates, with tau' as its tau: 0.167 for 0.1.
     """
-    TEMPERATURE = 2 / 3             # these three are that paper's
-    LOW, HIGH = -0.1, 1.1
+    # These three are that paper's.
+    TEMPERATURE = 2 / 3
+    LOW = -0.1
+    HIGH = 1.1
 
     @classmethod
     def for_model(cls, model, tau, **settings):
@@ -218,25 +220,31 @@ def first_copy(weights):
     return int(light[0]), len(light)
 
 
-class WaySamples(train.Samples):
-    """train.Samples, of which a way's share are texts to be repeated."""
+class WaySamples:
+    """As train.Samples, and a way's share of them are texts to be repeated.
+
+    repeated: None if the way has no use for it. In its early steps a way has nothing but repeats.
+    """
 
     def __init__(self, plain, repeated, way, config):
-        super().__init__(self.draw, config)
-        self.plain = plain
-        self.repeated = repeated            # None if the way has no use for it
+        self.early = train.Samples(functools.partial(draw, plain, repeated, 1.0), config)
+        self.usual = train.Samples(functools.partial(draw, plain, repeated, way.repeats), config)
+        self.schedule = self.usual.schedule
         self.way = way
         self.config = config
 
     def __getitem__(self, step):
-        self.share = 1.0 if self.way.is_early(step, self.config) else self.way.repeats
-        return super().__getitem__(step)
+        if self.way.is_early(step, self.config):
+            return self.early[step]
+        return self.usual[step]
 
-    def draw(self, rng, length):
-        # Without repeats rng is left alone: `paper` has the samples that train.py has.
-        if self.share > 0 and rng.random() < self.share:
-            return self.repeated(rng, length)
-        return self.plain(rng, length)
+
+def draw(plain, repeated, share, rng, length):
+    """A sample that with probability `share` is a text to be repeated."""
+    # Without repeats rng is left alone: `paper` has the samples that train.py has.
+    if share > 0 and rng.random() < share:
+        return repeated(rng, length)
+    return plain(rng, length)
 
 
 # -------------------------------------------------------------------------------- prices of memory
@@ -336,9 +344,11 @@ def prediction(model, gates, config, way, samples, numbers, checkpoint):
         model(ids, attention)
 
     losses = []
-    for g, attended in zip(zip(*attention.g), zip(*attention.attended)):
-        target = largest_share(torch.stack(attended), FUTURE_SHARE)             # (L, Hkv, count)
-        losses.append(F.binary_cross_entropy(torch.stack(g).float(), target))
+    for n in range(len(samples)):
+        g = torch.stack([of_layer[n] for of_layer in attention.g])              # (L, Hkv, count)
+        attended = torch.stack([of_layer[n] for of_layer in attention.attended])
+        target = largest_share(attended, FUTURE_SHARE)
+        losses.append(F.binary_cross_entropy(g.float(), target))
     loss = torch.stack(losses).mean()
     return loss, dict(cross_entropy=loss.item())
 
@@ -463,7 +473,7 @@ def train_gates(model, way, config, samples):
     optimizer = torch.optim.AdamW(gates.parameters(), config.lr, weight_decay=config.weight_decay)
     plan = micro_batches(model, gates, config)
     batches = DataLoader(samples, batch_size=None, num_workers=train.num_workers(model.device),
-                         sampler=range(config.steps), worker_init_fn=train.ignore_ctrl_c)
+                         sampler=range(config.steps), worker_init_fn=train.ignore_signals)
     tokens = [length * count for length, _, count in samples.schedule]
     with progress(sum(tokens), "training", "tokens", delay=0) as bar:
         for step, batch in enumerate(batches):
@@ -636,10 +646,11 @@ class Comparison:
 
     def measure(self, settings, policy):
         """The rows of a policy, each beside full attention on the same cases."""
-        for task, tokens in sum(self.tables, []):
-            where = dict(task=task, tokens=tokens)
-            full = self.row(dict(policy="full", **where), None)
-            self.row(dict(settings, **where), policy, full)
+        for tests in self.tables:
+            for task, tokens in tests:
+                where = dict(task=task, tokens=tokens)
+                full = self.row(dict(policy="full", **where), None)
+                self.row(dict(settings, **where), policy, full)
 
     def row(self, settings, policy, full=None):
         task = settings["task"]
@@ -648,7 +659,8 @@ class Comparison:
             scores, kept = self.scores(policy, task, settings["tokens"])
             result = quality.interval(scores, bounded=task != "prose")
             if full is not None:
-                result["minus_full"] = quality.minus(scores, full[task]["scores"])
+                result["minus_full"] = quality.minus(scores, full[task]["scores"],
+                                                     bounded=task != "prose")
             return {"kept": kept, task: dict(result, scores=[round(s, 5) for s in scores])}
 
         with contextlib.redirect_stdout(sys.stderr):    # a row as it comes; the table is at the end
@@ -714,8 +726,11 @@ def print_tables(rows, tables):
         key = (name, settings.get("lam", ""), settings.get("gates"))
         cells.setdefault(key, {})[settings["task"], settings["tokens"]] = cell(row)
     for tests in tables:
-        print(f"\n{'way':32}{'lam':>7} "
-              + "".join(f"{f'{task} {tokens:,}':>15}" for task, tokens in tests))
+        headings = ""
+        for task, tokens in tests:
+            name = f"{task} {tokens:,}"
+            headings += f"{name:>15}"
+        print(f"\n{'way':32}{'lam':>7} {headings}")
         for (policy, lam, _), of_policy in cells.items():
             values = "".join(f"{of_policy.get(test, '-'):>15}" for test in tests)
             print(f"{policy:32.32}{lam:>7} {values}")
