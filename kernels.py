@@ -24,7 +24,7 @@ read what another wrote. A tensor descriptor is a base, shape and strides, from 
 copy tiles by a unit of their own (TMA). num_warps and num_stages tune a kernel; skip them at
 first.
 
-All attention here is a streaming softmax (arXiv 2112.05682, 2205.14135). For the scores s_j of one
+All attention here is an online softmax (arXiv 2112.05682, 2205.14135). For the scores s_j of one
 query (in base 2, since the hardware has exp2), in whatever order the keys come,
 
     m = max_j s_j       l = sum_j 2^(s_j - m)       o = sum_j 2^(s_j - m) v_j       output = o / l
@@ -267,53 +267,55 @@ def take_pages(free, num_free, table, have, need):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def extend_rows_kernel(numbers, counts, page_table, free, num_free, T, columns, R,
+def extend_rows_kernel(num_old, counts, page_table, free, num_free, T, columns, R,
                        P: tl.constexpr):
-    """One program: one row. Its list grows to numbers[row, T - 1] tokens; it takes pages for them.
+    """One program: one row. Its list grows to num_old[row, T - 1] tokens; it takes pages for them.
 
-    numbers (rows, T) int64: each promoted token's number in its row's list, from 1.
+    num_old (rows, T) int64: the row's promoted tokens after each of T tokens.
     """
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row).to(tl.int32)
-    after = tl.load(numbers + row * T + T - 1).to(tl.int32)
+    after = tl.load(num_old + row * T + T - 1).to(tl.int32)
     take_pages(free, num_free, page_table + row * columns + R, tl.cdiv(count, P), tl.cdiv(after, P))
     tl.store(counts + row, after.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def promote_kernel(k, v, g, pos, promote_mask, numbers, page_table, page_k, page_v, page_g,
+def promote_kernel(k, v, g, pos, promote_mask, num_old, page_table, page_k, page_v, page_g,
                    page_pos, T, columns, Hkv, R, band, D: tl.constexpr, DP: tl.constexpr,
                    BT: tl.constexpr, P: tl.constexpr):
     """One program: BT tokens of one row; those in promote_mask are copied to their pages.
 
-    Promoted token n of a row, counted from 0, goes to slot n mod P of page page_table[row, R + n //
-    P]. k, v (rows, band, D), g (rows, band) and pos (B, band) are the band of W + T tokens, whose
-    first T may leave the window. promote_mask, numbers (rows, T); numbers count from 1.
+    Promoted token n of a row, counted from 0, goes into page page_table[row, R + n // P], as its
+    entry n mod P. k, v (rows, band, D), g (rows, band) and pos (B, band) are the band of W + T
+    tokens, whose first T may leave the window. promote_mask, num_old (rows, T): num_old counts this
+    token too.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     d = tl.arange(0, DP)
     row = tl.program_id(1).to(tl.int64)
-    go = tl.load(promote_mask + row * T + t, t < T, 0) != 0
-    n = tl.load(numbers + row * T + t, go, 1) - 1
-    page = tl.load(page_table + row * columns + R + n // P, go, 0).to(tl.int64)
+    promoted = tl.load(promote_mask + row * T + t, t < T, 0) != 0
+    n = tl.load(num_old + row * T + t, promoted, 1) - 1
+    page = tl.load(page_table + row * columns + R + n // P, promoted, 0).to(tl.int64)
     target = page * P + n % P
     source = row * band + t
 
-    here = go[:, None] & (d < D)[None, :]
+    here = promoted[:, None] & (d < D)[None, :]
     wide_source = source[:, None] * D + d[None, :]
     wide_target = target[:, None] * D + d[None, :]
     tl.store(page_k + wide_target, tl.load(k + wide_source, here, 0.), here)
     tl.store(page_v + wide_target, tl.load(v + wide_source, here, 0.), here)
-    tl.store(page_g + target, tl.load(g + source, go, 0.), go)
-    tl.store(page_pos + target, tl.load(pos + (row // Hkv) * band + t, go, 0).to(tl.int32), go)
+    tl.store(page_g + target, tl.load(g + source, promoted, 0.), promoted)
+    position = tl.load(pos + (row // Hkv) * band + t, promoted, 0).to(tl.int32)
+    tl.store(page_pos + target, position, promoted)
 
 
-def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, band_g, band_pos, R):
+def promote(pool, page_table, counts, promote_mask, num_old, band_k, band_v, band_g, band_pos, R):
     """Append tokens of the band to their rows' lists. Twin: wgkv.DualCache.promote.
 
     pool: a wgkv.PagePool with enough free pages. page_table (B, Hkv, M) int32 and counts (B, Hkv)
     int64 of one layer, updated in place. promote_mask (B, Hkv, T) bool: of the band's first T
-    tokens; numbers (B, Hkv, T) int64: each token's number in its row's list, from 1. band_k,
+    tokens; num_old (B, Hkv, T) int64: the row's promoted tokens after each of them. band_k,
     band_v (B, Hkv, W + T, D), band_g (B, Hkv, W + T), band_pos (B, W + T) int64, all contiguous.
     """
     B, Hkv, T = promote_mask.shape
@@ -321,11 +323,11 @@ def promote(pool, page_table, counts, promote_mask, numbers, band_k, band_v, ban
     rows = B * Hkv
     columns = page_table.stride(1)
     P = pool.k.shape[1]
-    numbers = numbers.contiguous()
-    extend_rows_kernel[(rows,)](numbers, counts, page_table, pool.free, pool.num_free, T, columns,
+    num_old = num_old.contiguous()
+    extend_rows_kernel[(rows,)](num_old, counts, page_table, pool.free, pool.num_free, T, columns,
                                 R, P=P, num_warps=1)
     promote_kernel[(triton.cdiv(T, 32), rows)](
-        band_k, band_v, band_g, band_pos, promote_mask.contiguous(), numbers, page_table, pool.k,
+        band_k, band_v, band_g, band_pos, promote_mask.contiguous(), num_old, page_table, pool.k,
         pool.v, pool.g, pool.pos, T, columns, Hkv, R, band_k.shape[2], D=D,
         DP=triton.next_power_of_2(D), BT=32, P=P)
 
@@ -465,17 +467,17 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
     time: where there is a copy engine (TMA), it computes the addresses. num_old (rows, T).
 
     With W = 100, P = 64, BM = 64, the block of queries t0 = 128 .. 191 whose row has num_old[128]
-    = 150: pages 0 and 1 whole, page 2 up to slot 21, then the band's indices 129 .. 291 in three
-    tiles.
+    = 150: pages 0 and 1 whole, the first 22 tokens of page 2, then the band's indices 129 .. 291 in
+    three tiles.
     """
     t0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b = (tl.program_id(0) // Hq).to(tl.int64)
-    h = (tl.program_id(0) % Hq).to(tl.int64)
-    row = b * (Hq // G) + h // G
+    hq = (tl.program_id(0) % Hq).to(tl.int64)
+    row = b * (Hq // G) + hq // G
     t = t0 + tl.arange(0, BM)
     d = tl.arange(0, DP)
     valid = (t < T)[:, None] & (d < D)[None, :]
-    q += b * q_b + h * q_h
+    q += b * q_b + hq * q_h
     Q = tl.load(q + t.to(tl.int64)[:, None] * q_t + d[None, :], valid, 0.)      # (BM, DP)
     m = tl.full([BM], INITIAL_MAX, tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -484,13 +486,13 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
     # 1. Whole pages: tokens older than the window of the first query; all of the block see them.
     n = tl.load(num_old + row * T + t0).to(tl.int32)
     page_table += row * columns
-    for i in range(0, n // P):
-        first = tl.load(page_table + i) * P
+    for page in range(0, n // P):
+        first = tl.load(page_table + page) * P
         s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee") * scale        # (BM, P)
         m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o)
 
-    # 2. The partial page. Its other slots hold tokens promoted later in this call, which the band
-    # serves, or nothing: their scores are masked, and their values set to 0, since 0 * NaN is NaN.
+    # 2. The partial page. The rest of it holds tokens promoted later in this call, which the band
+    # serves, or nothing: scores there are masked, and values set to 0, since 0 * NaN is NaN.
     if n % P > 0:
         first = tl.load(page_table + n // P) * P
         old = tl.arange(0, P) < n % P
@@ -516,7 +518,7 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
         m, l, o = online_softmax(s, band_v.load([start + j0, 0]), m, l, o)
 
     o = (o / l[:, None]).to(out.dtype.element_ty)
-    out += b * out_b + h * out_h
+    out += b * out_b + hq * out_h
     tl.store(out + t.to(tl.int64)[:, None] * out_t + d[None, :], o, valid)
 
 
@@ -585,8 +587,8 @@ def stages(DP, dtype):
 
 # -------------------------------------------------------------------------------------- decode
 # Split-KV, as in Flash-Decoding, over all rows at once. The pages of all rows of a layer, row after
-# row, form one list of tiles, and each of the launch's programs takes an even share of it, so
-# whatever the heads keep, no program has more work than another. A program whose share
+# row, form one list of tiles. Each of the launch's programs, one a multiprocessor, takes an even
+# share of it. So whatever the heads keep, shares differ by one tile at most. A program whose share
 # ends inside a row leaves a partial result; the last to finish at a row combines its partials.
 #
 # Three rows of 5, 1 and 6 tiles, four programs with 12 / 4 = 3 tiles each:
@@ -651,8 +653,9 @@ def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, prog
 
     counts (L, B, Hkv) int64: a row's tokens after its ring; num_tokens, num_new (B) int64.
     ring_pages and window: 0 and 1 for a dense cache, whose rows have no ring. programs: one for
-    each multiprocessor; two would leave twice the partials to combine (4 in the interpreter).
-    Returns a DecodePlan. Twin: wgkv.DualCache.plan_decode.
+    each multiprocessor (4 in the interpreter); with two, there would be twice the partials to
+    combine. Returns a DecodePlan. (No twin: PyTorch divides its work itself, and
+    wgkv.DualCache.plan_decode lists the pages.)
     """
     L, B, Hkv = counts.shape
     rows = B * Hkv
@@ -696,11 +699,11 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
     end = tl.where(pid < programs, total * (pid + 1) // programs, 0).to(tl.int32)
     row = tl.load(first_row + pid)
     first = tl.load(first_tile + pid)
-    g = tl.arange(0, GP)
+    query = tl.arange(0, GP)
     d = tl.arange(0, DP)
-    slot = tl.arange(0, P)
-    q_mask = (g < G)[:, None] & (d < D)[None, :]
-    offsets = slot[:, None] * D + d[None, :]                # of a page's K or V, (P, DP)
+    in_page = tl.arange(0, P)
+    q_mask = (query < G)[:, None] & (d < D)[None, :]
+    offsets = in_page[:, None] * D + d[None, :]             # of a page's K or V, (P, DP)
 
     while tile < end:
         # This program's part of one row: from its tile `first` to before its tile `last`. `tile`
@@ -714,14 +717,14 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
         count = tl.load(counts + row).to(tl.int32)
         tokens = tl.load(num_tokens + row // Hkv) + tl.load(num_new + row // Hkv)
         in_ring = tl.minimum(tokens, W).to(tl.int32)
-        q_offsets = (row * G + g).to(tl.int64)[:, None] * D + d[None, :]
+        q_offsets = (row * G + query).to(tl.int64)[:, None] * D + d[None, :]
         Q = tl.load(q + q_offsets, q_mask, 0.)              # (GP, DP)
         m = tl.full([GP], INITIAL_MAX, tl.float32)
         l = tl.zeros([GP], tl.float32)
         o = tl.zeros([GP, DP], tl.float32)
         for i in range(first, last):
             limit = tl.where(i < R, in_ring, R * P + count)     # places below it hold a token
-            visible = i * P + slot < limit
+            visible = i * P + in_page < limit
             here = visible[:, None] & (d < D)[None, :]
             # multiple_of tells the compiler that it may load 16 bytes at a time.
             at = tl.multiple_of(page.to(tl.int64) * (P * D), 16)
@@ -741,10 +744,10 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
         if num_splits == 1:
             tl.store(out + q_offsets, (o / l[:, None]).to(out.dtype.element_ty), q_mask)
         else:
-            partial = (pid + row).to(tl.int64) * GM + g
-            tl.store(partial_m + partial, m, g < G)
-            tl.store(partial_l + partial, l, g < G)
-            tl.store(partial_o + partial[:, None] * DP + d[None, :], o, (g < G)[:, None])
+            partial = (pid + row).to(tl.int64) * GM + query
+            tl.store(partial_m + partial, m, query < G)
+            tl.store(partial_l + partial, l, query < G)
+            tl.store(partial_o + partial[:, None] * DP + d[None, :], o, (query < G)[:, None])
             tl.debug_barrier()                              # every thread's part, before we arrive
             if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == num_splits - 1:
                 combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits, G,
@@ -766,20 +769,20 @@ def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits
     may hold what these addresses had before other programs wrote to them.
     """
     i = tl.arange(0, 64)
-    g = tl.arange(0, GM)
+    query = tl.arange(0, GM)
     d = tl.arange(0, DP)
     m = tl.full([GM], INITIAL_MAX, tl.float32)
     for start in range(0, num_splits, 64):
-        partial = (first_program + start + i + row).to(tl.int64)[:, None] * GM + g[None, :]
-        here = (start + i < num_splits)[:, None] & (g < G)[None, :]
+        partial = (first_program + start + i + row).to(tl.int64)[:, None] * GM + query[None, :]
+        here = (start + i < num_splits)[:, None] & (query < G)[None, :]
         part_m = tl.load(partial_m + partial, here, INITIAL_MAX, cache_modifier=".cg")
         m = tl.maximum(m, tl.max(part_m, 0))
     l = tl.zeros([GM], tl.float32)
     o = tl.zeros([GM, DP], tl.float32)
     n = tl.arange(0, COMBINE)
     for start in range(0, num_splits, COMBINE):
-        partial = (first_program + start + n + row).to(tl.int64)[:, None] * GM + g[None, :]
-        here = (start + n < num_splits)[:, None] & (g < G)[None, :]                 # (COMBINE, GM)
+        partial = (first_program + start + n + row).to(tl.int64)[:, None] * GM + query[None, :]
+        here = (start + n < num_splits)[:, None] & (query < G)[None, :]             # (COMBINE, GM)
         part_o = tl.load(partial_o + partial[:, :, None] * DP + d[None, None, :],
                          here[:, :, None], 0., cache_modifier=".cg")                # (.., .., DP)
         part_m = tl.load(partial_m + partial, here, MASKED, cache_modifier=".cg")
@@ -788,8 +791,8 @@ def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits
         l += tl.sum(part_l * weight, 0)
         o += tl.sum(part_o * weight[:, :, None], 0)
     y = (o / l[:, None]).to(out.dtype.element_ty)
-    offsets = (row * G + g).to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out + offsets, y, (g < G)[:, None] & (d < D)[None, :])
+    offsets = (row * G + query).to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + offsets, y, (query < G)[:, None] & (d < D)[None, :])
 
 
 def decode_attention(q, page_k, page_v, page_table, plan, layer):
@@ -978,14 +981,14 @@ def compact_kernel(page_k, page_v, page_g, page_pos, page_table, counts, pages_b
     row = tl.program_id(0).to(tl.int64)
     page_table += row * columns + R
     keep += tl.load(pages_before + row) * P
-    slot = tl.arange(0, P)
+    in_page = tl.arange(0, P)
     d = tl.arange(0, DP)
     kept = 0
     for i in range(0, tl.cdiv(tl.load(counts + row).to(tl.int32), P)):
-        stays = tl.load(keep + i * P + slot).to(tl.int32)
-        source = tl.load(page_table + i).to(tl.int64) * P + slot
+        stays = tl.load(keep + i * P + in_page).to(tl.int32)
+        source = tl.load(page_table + i).to(tl.int64) * P + in_page
         n = kept + tl.cumsum(stays, 0) - 1                      # the number of each token to keep
-        move = (stays > 0) & (n < i * P + slot)
+        move = (stays > 0) & (n < i * P + in_page)
         target = tl.load(page_table + n // P, move, 0).to(tl.int64) * P + n % P
         here = move[:, None] & (d < D)[None, :]
         K = tl.load(page_k + source[:, None] * D + d[None, :], here, 0.)
@@ -1026,15 +1029,15 @@ def query_sums_kernel(queries, page_k, page_table, counts, sums, scale, columns,
     row = tl.program_id(0).to(tl.int64)
     i = row * G * QUERIES + tl.program_id(1) * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
-    slot = tl.arange(0, P)
+    in_page = tl.arange(0, P)
     page_table += row * columns + R
     count = tl.load(counts + row).to(tl.int32)
     Q = tl.load(queries + i[:, None] * D + d[None, :], (d < D)[None, :], 0.)        # (BM, DP)
     m = tl.full([BM], INITIAL_MAX, tl.float32)
     l = tl.zeros([BM], tl.float32)
     for c in range(0, tl.cdiv(count, P)):
-        at = tl.load(page_table + c).to(tl.int64) * P + slot
-        held = c * P + slot < count
+        at = tl.load(page_table + c).to(tl.int64) * P + in_page
+        held = c * P + in_page < count
         K = tl.load(page_k + at[:, None] * D + d[None, :], held[:, None] & (d < D)[None, :], 0.)
         s = tl.where(held[None, :], tl.dot(Q, K.T, input_precision="ieee") * scale, MASKED)
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -1055,8 +1058,8 @@ def query_attention_kernel(queries, num_queries, newest, page_k, pages, row, sum
     n = tl.program_id(0)
     r = tl.load(row + n)
     d = tl.arange(0, DP)
-    slot = tl.arange(0, P)
-    at = tl.load(pages + n).to(tl.int64) * P + slot
+    in_page = tl.arange(0, P)
+    at = tl.load(pages + n).to(tl.int64) * P + in_page
     K = tl.load(page_k + at[:, None] * D + d[None, :], (d < D)[None, :], 0.)        # (P, DP)
     end = tl.load(num_queries + r // Hkv)
     valid = tl.minimum(end, newest)
@@ -1071,7 +1074,7 @@ def query_attention_kernel(queries, num_queries, newest, page_k, pages, row, sum
             s = tl.dot(Q, K.T, input_precision="ieee") * scale
             largest = tl.maximum(largest, tl.exp2(s - tl.load(sums + query)[:, None]))
         total += tl.sum(tl.where((age < valid)[:, None], largest, 0.), 0)
-    tl.store(scores + n * P + slot, total / valid)
+    tl.store(scores + n * P + in_page, total / valid)
 
 
 def query_attention(queries, num_queries, newest, page_k, page_table, counts, pages, row, R):
@@ -1079,7 +1082,7 @@ def query_attention(queries, num_queries, newest, page_k, page_table, counts, pa
 
     queries (L, B, Hq, 256, D), of num_queries (L, B) int64 that were recorded; the `newest` of them
     count. page_table (rows, M) int32 and counts (rows) int64 of all rows; pages, row (n) int64: all
-    pages in use and their rows. Returns (n, P) fp32, with anything in slots that hold no token.
+    pages in use and their rows. Returns (n, P) fp32, with anything where there is no token.
     """
     L, B, Hq, QUERIES, D = queries.shape
     Hkv = len(counts) // (L * B)

@@ -31,11 +31,11 @@ until it is *evicted*, which only a cache with a budget does. The share a cache 
 it uses over the bytes a dense cache would use.
 
 A *row* is one (layer, sequence, KV head): rows have different lengths, and a batch just adds rows.
-A *place* is an index in a row's list of pages, a *slot* an index in the pool. A *call* is one
-forward pass, a *step* a call of decode, with one new token a sequence. A step's *plan* says which
-pages it reads. On a GPU a step is *captured* as a CUDA graph, and then *replayed*. A *view* is a
-cache of some sequences of another cache. *Twin* names the function of kernels.py (or, there, of
-this file) that computes the same.
+(Functions that serve one layer number its rows b * Hkv + h.) A *place* is an index in a row's list
+of pages, a *slot* an index in the pool. A *call* is one forward pass, a *step* a call of decode,
+with one new token a sequence. A step's *plan* says which pages it reads. On a GPU a step is
+*captured* as a CUDA graph, and then *replayed*. A *view* is a cache of some sequences of another
+cache. *Twin* names the function of kernels.py (or, there, of this file) that computes the same.
 
 THE LETTERS. B sequences, T new tokens, S keys that a call attends to, Hq query heads, Hkv KV heads,
 G = Hq / Hkv, D head dim, W window, P tokens a page, L layers, R = ceil(W / P) pages of a ring, M
@@ -411,9 +411,10 @@ class PagePool:
 # ------------------------------------------------------------------------------------------ caches
 
 # At a first reading `begin`, `end` and num_tokens of Cache are enough; then go on with DualCache.
+# (*Room* is memory that is ready for tokens to come: free pages, and columns of page tables.)
 
 class Cache:
-    """What both caches share: lengths, positions, views of some sequences, reserved room.
+    """What DenseCache and DualCache share: lengths, positions, views of some sequences, room.
 
     cache.sequences(2) is a view: a cache of sequence 2 alone. It has positions and a plan of its
     own and shares all memory with its `base`, the whole cache. A tensor that grows is replaced by
@@ -739,7 +740,7 @@ class DualCache(Cache):
 
     A query sees the places n < min(tokens, W) and R * P <= n < R * P + count: one list, and so one
     loop over one page table in decode. A row wastes less than a page at its end (at most 63 tokens,
-    17 KB at D = 64 in bf16) and the unused places of its ring, here 28.
+    17 KB at D = 64 in bf16, with gates and positions) and the unused places of its ring, here 28.
     """
 
     def __init__(self, model, admission, batch=1, window=None, tau=None, budget=None,
@@ -837,7 +838,7 @@ class DualCache(Cache):
             setattr(other, name, getattr(self, name).clone())
         return other
 
-    # ------------------------------------------------------------------------- room in the pool
+    # ------------------------------------------------- room in the pool (skip at first reading)
 
     def make_room(self, tokens):
         """Room for `tokens` more tokens in each row, whatever their gates say.
@@ -917,7 +918,8 @@ class DualCache(Cache):
                 self.slots = self.kernels.promote_leaving(
                     self.pool, self.page_table, self.counts, self.num_tokens, self.num_new,
                     self.window, self.base.tau_on_device)
-                # How many tokens a row attends to is known before its pages are chosen.
+                # attended() is self.counts, unless there is a selection. Then how many tokens a row
+                # attends to is known, although which ones is not.
                 self.plan = self.kernels.plan_decode(self.attended(), self.num_tokens, self.num_new,
                                                      self.R, self.window, P)
             else:
@@ -945,11 +947,10 @@ class DualCache(Cache):
         table (n, B, Hkv, M) and counts (n, B, Hkv) of n layers, updated in place; promote_mask, g
         and pos (n, B, Hkv, T), k, v (n, B, Hkv, T, D). Twin: kernels.promote.
         """
-        # How long each row's list is with this token in it. A row of 63 tokens with the mask 1 0 1
-        # has lengths 64 64 65: the first goes to the last slot of its old page, the other needs a
-        # new one. (Where the mask is False, the number is not used.)
-        lengths = counts[..., None] + promote_mask.cumsum(-1)               # (n, B, Hkv, T)
-        after = lengths[..., -1]
+        # The row's promoted tokens after each of the T. From 63 and the mask 1 0 1: 64 64 65. The
+        # first goes to the last slot of the row's old page, the other needs a new one.
+        num_old = counts[..., None] + promote_mask.cumsum(-1)               # (n, B, Hkv, T)
+        after = num_old[..., -1]
         # A row's list grows from `have` pages to `need`: its new entries get free pages.
         column = torch.arange(table.shape[3] - self.R, device=self.device)
         have = pages_for(counts)[..., None]
@@ -960,7 +961,7 @@ class DualCache(Cache):
         counts.copy_(after)
 
         layer, b, h, _ = promote_mask.nonzero().unbind(1)
-        n = lengths[promote_mask] - 1       # the token's number in its list, from 0
+        n = num_old[promote_mask] - 1       # the number of each promoted token in its row, from 0
         slots = table[layer, b, h, self.R + n // P].long() * P + n % P
         self.pool.write(slots, *(x[promote_mask] for x in (k, v, g, pos)))
         self.update_key_ranges(table, counts_before, counts)        # for selection only
@@ -1263,8 +1264,8 @@ class DualCache(Cache):
         pages, row (n): the pages in use and their rows, row after row; remaining (rows): tokens to
         keep.
         """
-        # Token number n of a row goes to place n of its list. It was there, or further on. If two
-        # rows keep 3 and 2 tokens: 0 1 2 3 4, less those of earlier rows, 0 0 0 3 3, is 0 1 2 0 1.
+        # A row's promoted token n goes to place R * P + n. It was there, or further on. If two rows
+        # keep 3 and 2 tokens, n is: 0 1 2 3 4, less those of earlier rows, 0 0 0 3 3: 0 1 2 0 1.
         row_of_token = row[:, None].expand_as(keep)[keep]
         before = remaining.cumsum(0) - remaining
         n = torch.arange(len(row_of_token), device=self.device) - before[row_of_token]
@@ -1808,8 +1809,8 @@ def sparsity_loss(g, window):
     """A measure of the cache that gates g (..., T) ask for, as a share of a dense one.
 
     The training loss is the MSE of the student's and the teacher's last hidden states, plus
-    lambda times this. The token at position p of T lies in the window for o_p = min(1, W / (T - p))
-    of the rest of the text, whatever its gate says. The remaining 1 - o_p is charged at
+    lambda times this. The token at position p lies in the window of o_p = min(1, W / (T - p)) of
+    the queries p .. T - 1, whatever its gate says. The remaining 1 - o_p is charged at
     1 - (1 - g)^2 instead of g. That curve is concave: two half-open gates pay 1.5, an open and a
     closed one pay 1. So gates move to 0 or 1, and cutting them off at tau changes little.
     """
