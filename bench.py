@@ -839,6 +839,12 @@ def serve(model, policy, prompts, answers, args):
 
     kv = DualCache(model, policy, sequences)
     warm_up(model, kv)                      # decode kernels, too, on a copy
+    # All the memory at once, as a server would take it: a pool that grows is copied meanwhile, and
+    # then a captured step must be captured again.
+    spare = int(args.memory * 2**30) - kv.reserved_bytes()
+    most_tokens = max(map(len, prompts)) + answers
+    most_pages = kv.counts.numel() * pages_for(most_tokens)
+    kv.pool.grow(max(0, min(spare // kv.page_bytes(), most_pages)))
     free_memory(model.device)
     rng = random.Random(args.seed)
     arrivals = list(accumulate(rng.expovariate(args.rate) for _ in prompts))

@@ -1499,10 +1499,10 @@ class DualCache(Cache):
         return self.fixed_bytes() + int(pages_for(self.counts).sum()) * self.page_bytes()
 
     def page_bytes(self):
-        """Bytes of a page: K, V, gate and position of each slot, its bounds, its table entry."""
+        """Bytes of a page: K, V, gate and position of each slot, key range, entry in a table."""
         key = self.D * self.dtype.itemsize
-        bounds = 0 if self.chosen_pages is None else 2 * key
-        return P * (2 * key + 8) + bounds + 4
+        key_range = 0 if self.chosen_pages is None else 2 * key
+        return P * (2 * key + 8) + key_range + 4
 
     def fixed_bytes(self):
         """Bytes of what does not grow: rings, counts, lengths, and SnapKV's queries."""
