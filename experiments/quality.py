@@ -89,25 +89,62 @@ QUICK = dict(cases=24, length=1024, haystack_tokens=8192)
 
 # ----------------------------------------------------------------------------------------- scores
 
-def interval(values, bounded=True):
+def interval(values, bounded=True, sizes=None):
     """{"mean", "low", "high", "n"}: the mean of the values with its 95% confidence interval.
 
     If every value is right (1) or wrong (0), it is Wilson's interval, which has a width even if all
     are right; else the normal one. bounded: values lie from 0 to 1, and so must the interval.
+    sizes: how many values, one after the other, come from the same document. They are not
+    independent (a block of classes is kept or lost as a whole), so the documents count as the
+    sample; "documents" says how many there are.
     """
     n = len(values)
     mean = statistics.mean(values)
+    if sizes is None or len(sizes) < 2:     # of one document alone nothing better can be said
+        sizes = [1] * n
+    documents = len(sizes)
+    variance = variance_of_mean(values, sizes)
     z = 1.96
     if bounded and set(values) <= {0, 1}:
-        centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (n + z**2) * (n * mean * (1 - mean) + z**2 / 4) ** 0.5
+        # So many independent values would vary as much: from one a document up to all of them.
+        # Where all are right or all are wrong nothing varies, and we count the documents.
+        independent = documents
+        if 0 < mean < 1:
+            independent = n
+            if variance > 0:
+                independent = min(n, max(documents, mean * (1 - mean) / variance))
+        centre = (mean + z**2 / (2 * independent)) / (1 + z**2 / independent)
+        spread = independent * mean * (1 - mean) + z**2 / 4
+        half = z / (independent + z**2) * spread ** 0.5
     else:
         centre = mean
-        half = z * statistics.stdev(values) / n**0.5
-    low, high = centre - half, centre + half
+        half = z * variance ** 0.5
+    low = centre - half
+    high = centre + half
     if bounded:
-        low, high = max(0.0, low), min(1.0, high)
-    return dict(mean=mean, low=low, high=high, n=n)
+        low = max(0.0, low)
+        high = min(1.0, high)
+    result = dict(mean=mean, low=low, high=high, n=n)
+    if documents < n:
+        result["documents"] = documents
+    return result
+
+
+def variance_of_mean(values, sizes):
+    """The variance of the values' mean, if only values of different documents are independent.
+
+    With a value a document it is stdev^2 / n. Else a document counts by the sum of its deviations:
+    eight equal values are worth one.
+    """
+    mean = statistics.mean(values)
+    total = 0.0
+    start = 0
+    for size in sizes:
+        deviation = sum(value - mean for value in values[start:start + size])
+        total += deviation ** 2
+        start += size
+    assert start == len(values), f"{start} values in documents, but there are {len(values)}"
+    return total / len(values) ** 2 * len(sizes) / (len(sizes) - 1)
 
 
 @torch.no_grad()
@@ -163,7 +200,8 @@ def score_answers(model, text, policy, documents, report):
         read = functools.partial(read_by_decoding, end=min(text.end))
     scores, kept = train.evaluate(model, text, make_kv, documents, batch, report, read)
     evicted.end_batch()
-    result = dict(interval(scores), kept=kept, scores=scores)
+    sizes = [len(document.questions) for document in documents]
+    result = dict(interval(scores, sizes=sizes), kept=kept, scores=scores, sizes=sizes)
     if isinstance(policy, Limited) and policy.tokens is not None:
         batches = math.ceil(len(documents) / batch)
         result.update(evictions_a_batch=evicted.evictions / batches, batch=batch,
@@ -206,19 +244,19 @@ def read_by_decoding(model, kv, bodies, end):
         pass
 
 
-def minus(scores, others, bounded=True):
+def minus(scores, others, bounded=True, sizes=None):
     """The interval of the paired differences of two lists of scores.
 
-    bounded: scores lie from 0 to 1, and so differences from -1 to 1.
+    bounded: scores lie from 0 to 1, and so differences from -1 to 1. sizes: as in `interval`.
     """
     differences = [a - b for a, b in zip(scores, others, strict=True)]
-    result = interval(differences, bounded=False)
+    result = interval(differences, bounded=False, sizes=sizes)
     if bounded:
         if not any(differences):
             # The normal interval has no width here, as if we knew that no question ever comes out
-            # differently. The rule of three: what was not seen in n questions may still happen, in
-            # up to 3 / n of all questions (95%), and then moves the score by 1 at most.
-            n = len(differences)
+            # differently. The rule of three: what was not seen in n documents may still happen, in
+            # up to 3 / n of all documents (95%), and then moves the score by 1 at most.
+            n = len(sizes or differences)
             result.update(low=-3 / n, high=3 / n)
         result.update(low=max(-1.0, result["low"]), high=min(1.0, result["high"]))
     return result
@@ -542,9 +580,11 @@ class Experiment:
         for name in names:
             # Scores of single questions stay with full attention alone, for these differences.
             own = result[name].pop("scores")
+            result[name].pop("sizes", None)
             if "scores" in full[name]:
                 result[name]["minus_full"] = minus(own, full[name]["scores"],
-                                                   bounded=name != "prose")
+                                                   bounded=name != "prose",
+                                                   sizes=full[name].get("sizes"))
         result["full"] = {name: full[name]["mean"] for name in names}
         if also is not None:
             result.update(also(policy))

@@ -657,10 +657,14 @@ class Comparison:
 
         def measured():
             scores, kept = self.scores(policy, task, settings["tokens"])
-            result = quality.interval(scores, bounded=task != "prose")
+            sizes = None            # questions of each document
+            if self.bundled and task != "prose":
+                tests = self.tests(task, settings["tokens"])
+                sizes = [len(document.questions) for document in tests]
+            result = quality.interval(scores, task != "prose", sizes)
             if full is not None:
                 result["minus_full"] = quality.minus(scores, full[task]["scores"],
-                                                     bounded=task != "prose")
+                                                     task != "prose", sizes)
             return {"kept": kept, task: dict(result, scores=[round(s, 5) for s in scores])}
 
         with contextlib.redirect_stdout(sys.stderr):    # a row as it comes; the table is at the end

@@ -319,6 +319,27 @@ def test_normal_intervals():
     assert quality.interval([0.0, 0.0], bounded=False)["high"] == 0
 
 
+def test_values_of_one_document_are_not_independent():
+    """Eight questions about one block of classes that count as eight proofs."""
+    values = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]       # four documents of two equal values
+    alone = quality.interval([1.0, 0.0, 1.0, 0.0])
+    pairs = quality.interval(values, sizes=[2, 2, 2, 2])
+    assert (pairs["low"], pairs["high"]) == pytest.approx((alone["low"], alone["high"]))
+    assert (pairs["n"], pairs["documents"]) == (8, 4)
+    # Documents that all have the same mean: their questions tell as much as independent ones.
+    mixed = quality.interval([1.0, 0.0] * 4, sizes=[2, 2, 2, 2])
+    free = quality.interval([1.0, 0.0] * 4)
+    assert (mixed["low"], mixed["high"]) == pytest.approx((free["low"], free["high"]))
+    # Unequal documents, by hand: deviations of the documents are 1, -0.5 and -0.5, of 4 values.
+    r = quality.interval([0.75, 0.75, -0.25, -0.25], bounded=False, sizes=[2, 1, 1])
+    assert r["high"] - r["mean"] == pytest.approx(1.96 * (1.5 / 16 * 3 / 2) ** 0.5)
+    same = quality.minus([1.0] * 8, [1.0] * 8, sizes=[2, 2, 2, 2])
+    assert (same["low"], same["high"]) == (-0.75, 0.75)
+    assert quality.interval([1.0, 0.0, 1.0], sizes=[3])["n"] == 3
+    with pytest.raises(AssertionError):
+        quality.interval(values, sizes=[2, 2])
+
+
 def test_differences_are_paired():
     """A difference of means with the width of two samples, or of answers to other questions."""
     scores, others = [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]
