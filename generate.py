@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from files import find_gates, page_share, saved_tau
-from model import Llama
+from model import Llama, model_files
 from tokenizer import Text, TextStream, token_texts
 from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, pages_for
 
@@ -51,6 +51,8 @@ from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, pages_for
 
 def read_prompt(name):
     """The text of a file, or of standard input for "-", without the line ends at its end."""
+    if not name:
+        raise UserError("--prompt: '' is no name of a file")
     with reading(f"--prompt {name}", "read as UTF-8 text"):
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8-sig").rstrip("\r\n")          # without a byte-order mark
@@ -992,7 +994,7 @@ def parse(argv):
 
 def text_options(parser):
     group = parser.add_argument_group("text")
-    group.add_argument("--prompt", nargs="+", metavar="FILE",
+    group.add_argument("--prompt", nargs="+", action="extend", metavar="FILE",
                        help="texts to read, - is standard input (default: tiny/example.txt)")
     group.add_argument("--batch", type=whole(1), metavar="N",
                        help="answer so many prompts at a time, the others wait (default: all)")
@@ -1065,7 +1067,11 @@ def admission_rule(text):
         return 1.0
     if text == "none":
         return 0.0
-    return real(0, 1)(text)
+    try:
+        return real(0, 1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} should be gates, all, none or a share "
+                                         "from 0 to 1") from None
 
 
 def keep_share(text):
@@ -1092,6 +1098,9 @@ def size_or_share(text):
         raise argparse.ArgumentTypeError(f"{quoted(text)} is more than any memory")
     if unit == "%":
         return number / 100
+    if 0 < number < 1 and unit == "":
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is less than a byte; a share is written "
+                                         f"like {number:.0%}")
     return min(int(number * BYTES[unit.removesuffix("B")]), LARGEST)
 
 
@@ -1169,6 +1178,7 @@ def refuse_files(args):
     taken = [name for name in args.prompt or [] if name != "-"]
     if args.gates is not None:
         taken.append(args.gates)
+    taken += [*model_files(args.model), os.path.join(args.model, "gates.safetensors")]
     for option, path in (("--jsonl", args.jsonl), ("--show-kept", args.show_kept),
                          ("--save-cache", args.save_cache)):
         if path is None:

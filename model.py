@@ -437,6 +437,16 @@ NUMBERS = {
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
+def model_files(path):
+    """The files of a model's folder that programs read, and that no output may replace."""
+    files = []
+    if os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if name in READ or name.startswith("model") and ".safetensors" in name:
+                files.append(os.path.join(path, name))
+    return files
+
+
 def find_folder(path):
     """The local folder of a model: path itself, or the hub's cached copy, fetched if need be."""
     path = str(path)

@@ -2061,7 +2061,6 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--gates TEXT.pt": "TEXT.pt cannot be read as a dict of tensors: it is not a file of",
     "--gates ''": "cannot be read",
     "--gates OTHER": "these gates are for",
-    "--admit some": "--admit: should be a number from 0 to 1, it is 'some'",
     "--admit 1.5": "--admit",
     "--tau -1": "--tau: should be a number from 0 to 1, it is '-1'",
     "--tau nan": "--tau",
@@ -2098,6 +2097,10 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--show-kept LATIN --prompt LATIN": "--show-kept LATIN would overwrite LATIN",
     "--save-cache OTHER --gates OTHER": "--save-cache OTHER would overwrite OTHER",
     "--save-cache x --show-kept x": "--save-cache x would overwrite x",
+    f"--show-kept {TINY_FOLDER}/config.json": "config.json would overwrite",
+    "--budget 0.5": "less than a byte; a share is written like 50%",
+    "--admit some": "should be gates, all, none or a share",
+    "--prompt=": "'' is no name of a file",
     "--save-cache no/such/x": "no/such",
     "--load-cache nowhere --interactive": "nowhere",
     "--load-cache x": "--prompt",
@@ -2918,15 +2921,31 @@ def test_the_time_of_a_step_is_without_a_save(tiny, monkeypatch):
     assert saves == [1, 2] and max(line["seconds"] for line in lines) < 1000
 
 
-def test_a_new_run_removes_the_state_of_an_old_one(unfinished, tmp_path, monkeypatch, capsys):
-    """Killed before its first save, it would be resumed from the other run's state."""
-    def die(self, figures):
-        raise UserError("no room")
-
-    assert (tmp_path / "g.resume").exists()
-    monkeypatch.setattr(train.RunFiles, "log", die)
+def test_a_new_run_does_not_begin_over_an_unfinished_one(unfinished, tmp_path, capsys):
+    """A forgotten --resume that costs a run of hours."""
+    state = (tmp_path / "g.resume").read_bytes()
     err = run_with_error([*unfinished[:-1], "--lam", "0.3"], 2, capsys)
-    assert "it will be removed" in err and not (tmp_path / "g.resume").exists()
+    assert "--resume continues it" in err and (tmp_path / "g.resume").read_bytes() == state
+
+
+def test_a_complete_run_is_not_trained_again(unfinished, tmp_path, capsys):
+    """A job that is started again and again with --resume, and trains for ever."""
+    assert train.main(unfinished) == 0
+    gates = (tmp_path / "g").read_bytes()
+    capsys.readouterr()
+    assert train.main(unfinished) == 0
+    assert "is complete" in capsys.readouterr().err and (tmp_path / "g").read_bytes() == gates
+
+
+@pytest.mark.parametrize("out", ("book.txt", "model/model.safetensors", "model/config.json"))
+def test_gates_do_not_replace_what_they_are_made_from(out, tmp_path, capsys):
+    """Training text or weights that are gone."""
+    (tmp_path / "book.txt").write_text(STORY)
+    shutil.copytree(TINY_FOLDER, tmp_path / "model")
+    before = (tmp_path / out).read_bytes()
+    options = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "book.txt")]
+    err = run_with_error([*options, "--out", str(tmp_path / out)], 2, capsys)
+    assert "would overwrite" in err and (tmp_path / out).read_bytes() == before
 
 
 def test_prose_of_the_model_is_part_of_a_runs_settings(trainee, tmp_path, monkeypatch, capsys):

@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from files import LEVELS, fingerprint, load_official, write_quantiles
 from generate import GateLog, decode, load_model, prefill, sampler
-from model import open_tensors
+from model import model_files, open_tensors
 from tiny import tasks
 from tokenizer import Text
 from wgkv import DenseCache, DualCache, Gates, P, RandomAdmission, SoftAttention, sparsity_loss
@@ -712,15 +712,11 @@ class RunFiles:
     def locked_log(self, done):
         """Begin the log, and keep other trainings out: two would spoil each other's files.
 
-        A resumed run drops the lines after step `done`: it writes them again. A new run drops all,
-        and with them the state of the run that they were of. The system ends a lock together with
-        its process, so a killed run leaves none behind.
+        A resumed run drops the lines after step `done`: it writes them again. The system ends a
+        lock together with its process, so a killed run leaves none behind.
         """
         with open(self.log_path, "a+", encoding="utf-8") as file:
             lock(file, self.out)
-            if done == 0:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.resume_path)
             file.seek(0)
             for _ in range(done):
                 file.readline()
@@ -1042,8 +1038,18 @@ def check(args, config):
     if args.calibrate is not None:
         check_writable(args.calibrate)
         return
+    # Gates may go into the model's folder, but not in the place of its other files.
+    inputs = model_files(args.model)
+    if args.data is not None:
+        inputs.append(args.data)
     for suffix in ("", ".resume", ".log.jsonl"):
-        check_writable(args.out + suffix)
+        output = args.out + suffix
+        check_writable(output)
+        for file in inputs:
+            with reading(file):
+                same = os.path.realpath(output) == os.path.realpath(file)
+            if same:
+                raise UserError(f"--out {args.out} would overwrite {file}: give another file")
 
 
 def say_unused(args, config):
@@ -1149,6 +1155,10 @@ def run(args, config):
         documents = [shared_prose(model, text, config)]
     files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
     done = resume(args, files)
+    if done is None:
+        say(f"{args.out} is complete: there is nothing to resume. Without --resume it is trained "
+            "anew")
+        return 0
     make_sample, make_held_out = make_samples(args.data, documents, config, text)
     say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
 
@@ -1183,17 +1193,23 @@ def fit_lengths(args, config, model):
 
 
 def resume(args, files):
-    """The steps done by an earlier run, whose state is loaded if --resume asks for it; else 0."""
+    """The steps done by an earlier run, whose state --resume loads; None if that run is complete.
+
+    UserError if there is such a state and no --resume: a forgotten option should not cost hours.
+    """
     state_exists = os.path.lexists(files.resume_path)
-    done = files.load() if args.resume and state_exists else 0
-    if args.resume and state_exists:
+    if state_exists and not args.resume:
+        raise UserError(f"{files.resume_path} is there, from a run that was not completed: "
+                        "--resume continues it; to train anew, remove it or give another --out")
+    if state_exists:
+        done = files.load()
         say(f"{files.resume_path}: continuing after step {done}")
-    elif args.resume:
+        return done
+    if args.resume and os.path.exists(args.out):
+        return None
+    if args.resume:
         say(f"{files.resume_path} is not there: starting at step 1")
-    elif state_exists:
-        say(f"{files.resume_path} is there, from a run that was not completed: it will be "
-            "removed (--resume would continue it)")
-    return done
+    return 0
 
 
 def finish_run(args, config, model, gates, files, make_held_out):

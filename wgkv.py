@@ -52,6 +52,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import sys
 import types
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute
 
 import files
-from common import UserError, all_reduce_sum
+from common import UserError, all_reduce_sum, run_program
 from model import attention, kernels_for, rotate
 
 P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
@@ -134,7 +135,7 @@ class SimpleCache:
         return weights @ values
 
 
-def demo():
+def demo(argv=None):
     """One head, W = 4, 16 tokens, of which 0, 3 and 9 are admitted: the pattern, then the steps."""
     window, tau, admitted = 4, 0.1, (0, 3, 9)
     g = torch.tensor([float(t in admitted) for t in range(16)])
@@ -1820,4 +1821,4 @@ def sparsity_loss(g, window):
 
 
 if __name__ == "__main__":
-    demo()
+    sys.exit(run_program(demo))

@@ -136,6 +136,8 @@ def variance_of_mean(values, sizes):
     With a value a document it is stdev^2 / n. Else a document counts by the sum of its deviations:
     eight equal values are worth one.
     """
+    if len(sizes) == 1:
+        return math.inf             # nothing to compare it with
     mean = statistics.mean(values)
     total = 0.0
     start = 0
