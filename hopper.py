@@ -120,7 +120,7 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
                      q_t, out_t, D: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr):
     """One warpgroup: queries t0 + half .. + 63 over all tiles, two tiles at a time.
 
-    The streaming softmax of kernels.online_softmax, with q.k of a pair issued before p.v of the
+    The softmax of kernels.online_softmax, with q.k of a pair issued before p.v of the
     pair before it: so this pair's softmax, which needs only the first, runs beside the second.
     """
     k_full, k_free, v_full, v_free = barriers
@@ -150,6 +150,8 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
     if n < 2 * P:
         s_a = mask_scores(s_a, 0, band_g, n, pages, t_s, first, t0, T, W, tau, P)
         s_b = mask_scores(s_b, 1, band_g, n, pages, t_s, first, t0, T, W, tau, P)
+    # Scores are scaled inside exp2, where that is one instruction with the subtraction. p_a and p_b
+    # (64, P) are the weights, laid out as left factors of p.v.
     m = gl.maximum(gl.max(gl.maximum(s_a, s_b), 1), INITIAL_MAX)
     s_a = gl.exp2(s_a * scale - (m * scale)[:, None])
     s_b = gl.exp2(s_b * scale - (m * scale)[:, None])
@@ -160,6 +162,7 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
     for i in range(2, tiles, 2):
         stage = i // 2 % STAGES
         previous = (i // 2 - 1) % STAGES
+        # Start q.k of this pair, and behind it p.v of the pair before.
         mbarrier.wait(k_full.index(stage), i // 2 // STAGES & 1)
         s_a, s_b = start_scores(Q, k_buffer, stage, zero)
         mbarrier.wait(v_full.index(previous), (i // 2 - 1) // STAGES & 1)
@@ -169,12 +172,14 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
         if i * P + 2 * P > n:
             s_a = mask_scores(s_a, i, band_g, n, pages, t_s, first, t0, T, W, tau, P)
             s_b = mask_scores(s_b, i + 1, band_g, n, pages, t_s, first, t0, T, W, tau, P)
+        # This pair's softmax, while p.v is still running.
         m_new = gl.maximum(m, gl.max(gl.maximum(s_a, s_b), 1))
         s_a = gl.exp2(s_a * scale - (m_new * scale)[:, None])
         s_b = gl.exp2(s_b * scale - (m_new * scale)[:, None])
         rescale = gl.exp2((m - m_new) * scale)
         l = l * rescale + gl.sum(s_a + s_b, 1)
         m = m_new
+        # p.v is done: its stage is free, and o can be rescaled to the new maximum.
         o, p_a, p_b = warpgroup_mma_wait(0, (o, p_a, p_b))
         mbarrier.arrive(v_free.index(previous))
         o = o * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]

@@ -385,13 +385,14 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
     """
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape
-    bounds = "low" in pool.names
+    key_ranges = "low" in pool.names
     slots = torch.empty(L, B, Hkv, 1, device=pool.k.device, dtype=torch.long)
     promote_leaving_kernel[(B * Hkv, L)](
         pool.k, pool.v, pool.g, pool.pos, page_table, counts, pool.free, pool.num_free, num_tokens,
-        num_new, tau, pool.low if bounds else pool.k, pool.high if bounds else pool.k, slots,
-        window, triton.cdiv(window, P), page_table.stride(2), Hkv, page_table.stride(0),
-        counts.stride(0), D=D, DP=triton.next_power_of_2(D), P=P, KEY_RANGES=bounds, num_warps=1)
+        num_new, tau, pool.low if key_ranges else pool.k,
+        pool.high if key_ranges else pool.k, slots, window, triton.cdiv(window, P),
+        page_table.stride(2), Hkv, page_table.stride(0), counts.stride(0), D=D,
+        DP=triton.next_power_of_2(D), P=P, KEY_RANGES=key_ranges, num_warps=1)
     return slots
 
 

@@ -72,7 +72,8 @@ EXAMPLES = """examples:
                                                 what generate.py --keep needs, into any gate file
 
 Beside the gates OUT, a run writes OUT.log.jsonl, one line a step and the validation last. Until it
-is complete, it keeps OUT.resume, from which --resume continues."""
+is complete, it keeps OUT.resume, from which --resume continues; without --resume, no training
+begins over it."""
 
 
 # ---------------------------------------------------------------------------- settings and schedule
@@ -698,7 +699,7 @@ class RunFiles:
                          for key, value in self.settings.items() if saved[key] != value]
             if differing:
                 raise UserError(f"{path} is of another run: {', '.join(differing)}; give the same, "
-                                "or leave out --resume")
+                                "or another --out")
             done = int(metadata["done"])
             for name, p in self.gates.named_parameters():
                 p.copy_(read_like(file, name, p))
@@ -1038,6 +1039,9 @@ def check(args, config):
     if args.calibrate is not None:
         check_writable(args.calibrate)
         return
+    if os.path.lexists(f"{args.out}.resume") and not args.resume and args.convert is None:
+        raise UserError(f"{args.out}.resume is there, from a run that was not completed: --resume "
+                        "continues it; to train anew, remove it or give another --out")
     # Gates may go into the model's folder, but not in the place of its other files.
     inputs = model_files(args.model)
     if args.data is not None:
@@ -1143,6 +1147,10 @@ def say_calibrated(path, quantiles):
 def run(args, config):
     """One training from beginning to end. Returns the exit status."""
     say_unused(args, config)
+    if args.resume and os.path.exists(args.out) and not os.path.lexists(f"{args.out}.resume"):
+        say(f"{args.out} is complete: there is nothing to resume. Without --resume it is trained "
+            "anew")
+        return 0
     documents = read_documents(args.data) if args.data else []
     text = Text(args.model)
     model = load_model(args)
@@ -1155,10 +1163,6 @@ def run(args, config):
         documents = [shared_prose(model, text, config)]
     files = RunFiles(args.out, gates, optimizer, run_settings(config, model, documents))
     done = resume(args, files)
-    if done is None:
-        say(f"{args.out} is complete: there is nothing to resume. Without --resume it is trained "
-            "anew")
-        return 0
     make_sample, make_held_out = make_samples(args.data, documents, config, text)
     say(f"config: {json.dumps(asdict(config))}\n{estimate}\na line for each step: {files.log_path}")
 
@@ -1193,23 +1197,18 @@ def fit_lengths(args, config, model):
 
 
 def resume(args, files):
-    """The steps done by an earlier run, whose state --resume loads; None if that run is complete.
+    """The steps done by an earlier run, whose state --resume loads; 0 if there is none.
 
-    UserError if there is such a state and no --resume: a forgotten option should not cost hours.
+    `check` has refused a state without --resume, and `run` has left a complete run alone.
     """
-    state_exists = os.path.lexists(files.resume_path)
-    if state_exists and not args.resume:
-        raise UserError(f"{files.resume_path} is there, from a run that was not completed: "
-                        "--resume continues it; to train anew, remove it or give another --out")
-    if state_exists:
-        done = files.load()
-        say(f"{files.resume_path}: continuing after step {done}")
-        return done
-    if args.resume and os.path.exists(args.out):
-        return None
-    if args.resume:
+    if not args.resume:
+        return 0
+    if not os.path.lexists(files.resume_path):
         say(f"{files.resume_path} is not there: starting at step 1")
-    return 0
+        return 0
+    done = files.load()
+    say(f"{files.resume_path}: continuing after step {done}")
+    return done
 
 
 def finish_run(args, config, model, gates, files, make_held_out):

@@ -1317,7 +1317,7 @@ class DualCache(Cache):
     #
     #     q . k  <=  sum over d of max(q_d low_d, q_d high_d)      for every key k of the page
     #
-    # is an upper bound, and a page's bounds cost the reading of two keys instead of 64. The pages
+    # is an upper bound, and a page's bound costs the reading of two keys instead of 64. The pages
     # chosen, in their order, are a shorter page table for the same attention.
 
     def selects(self):
