@@ -1126,6 +1126,8 @@ def refuse_clashes(args):
                         "--select and --show-kept do not go with it")
     if args.keep is not None and (args.tau is not None or args.admit != "gates"):
         raise UserError("--keep chooses a tau for gates: --tau and --admit do not go with it")
+    if args.admit != "gates" and (args.gates is not None or args.tau is not None):
+        raise UserError("--admit decides in place of gates: --gates and --tau do not go with it")
     if args.evict != "gate" and args.budget is None:
         raise UserError(f"--evict {args.evict} says what goes when a --budget is full: give one")
     if args.interactive and isinstance(args.budget, float):
@@ -1307,7 +1309,8 @@ def run(args):
     try:
         session.run()
     except KeyboardInterrupt:
-        say("\ninterrupted")
+        unsaved = f": {args.save_cache} was not written" if args.save_cache is not None else ""
+        say(f"\ninterrupted{unsaved}")
         status = 130
     except BrokenPipeError:         # `put` has dropped stdout: the reader has what it wanted
         pass

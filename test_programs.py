@@ -1982,7 +1982,7 @@ def test_passing_the_models_positions_is_said_once(capsys, monkeypatch, tmp_path
     assert answer(capsys, *argv) != "\n"
 
 
-def test_ctrl_c_ends_with_the_statistics(capsys, monkeypatch, prompt):
+def test_ctrl_c_ends_with_the_statistics(capsys, tmp_path, monkeypatch, prompt):
     """Whoever stops a long answer still wants what was said, the figures, and no traceback."""
     def interrupted(*args, **kwargs):
         yield [100]
@@ -1992,6 +1992,11 @@ def test_ctrl_c_ends_with_the_statistics(capsys, monkeypatch, prompt):
     out, err = capsys.readouterr()
     assert "interrupted" in err and "kept" in err and "(1 tokens)" in err
     assert len(out) > 1 and out.endswith("\n")
+
+    cache = tmp_path / "read.cache"
+    argv = ["--prompt", prompt, "--device", "cpu", "--save-cache", str(cache)]
+    assert generate.main(argv) == 130 and not cache.exists()
+    assert "read.cache was not written" in capsys.readouterr().err
 
 
 def test_show_kept_writes_one_page(capsys, tmp_path, prompt):
@@ -2069,6 +2074,8 @@ BAD_ARGUMENTS = {       # a command line: what the message must say
     "--keep nan%": "--keep",
     "--keep 15% --tau 0.1": "--tau",
     "--keep 15% --admit 0.1": "--admit",
+    "--admit 0.1 --tau 0.2": "--admit decides in place of gates",
+    "--admit 0.1 --gates nowhere": "--admit decides in place of gates",
     "--keep 15% --dense": "--dense",
     "--keep 15% --prompt A --load-cache x": "--keep",
     "--keep 3%": "3,860 tokens is too little: without any promoted token the window takes 3.5%",
