@@ -436,13 +436,17 @@ def warm_up(model, kv):
     if model.device.type != "cuda":
         return 0.0
     start = clock(model.device)
-    copy = kv.clone()
-    hidden = prefill(model, copy, [[0] * 300] * kv.B, chunk=200)
-    for _ in decode(model, copy, hidden, FEW_STEPS + 4):
-        pass
-    if isinstance(copy, DualCache) and copy.most_pages is not None:
-        copy.evict(0)       # even the sinks: the first eviction would be a pause in the text
+    use_once(model, kv.clone())
     return clock(model.device) - start
+
+
+def use_once(model, kv):
+    """Do with a cache what answering a prompt will do: read in chunks, decode, evict."""
+    hidden = prefill(model, kv, [[0] * 300] * kv.B, chunk=200)
+    for _ in decode(model, kv, hidden, FEW_STEPS + 4):
+        pass
+    if isinstance(kv, DualCache) and kv.has_budget():
+        kv.evict(0)         # even the sinks: the first eviction would be a pause in the text
 
 
 # ------------------------------------------------------------------------------------------ report

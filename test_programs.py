@@ -1982,6 +1982,20 @@ def test_passing_the_models_positions_is_said_once(capsys, monkeypatch, tmp_path
     assert answer(capsys, *argv) != "\n"
 
 
+def test_warm_up_uses_every_kind_of_cache(tiny):
+    """It runs on GPUs only, where a mistake in it would keep every program from starting."""
+    model, _ = tiny
+    gates = Gates.load(TINY_FOLDER / "gates.safetensors", model)
+    generate.use_once(model, DenseCache(model, 2))
+    kv = DualCache(model, gates, 2)
+    generate.use_once(model, kv)
+    assert not kv.has_budget() and int(kv.num_tokens.min()) > 300
+
+    kv = DualCache(model, gates, 2, budget=2 * kv.kept_bytes())
+    generate.use_once(model, kv)
+    assert kv.has_budget() and int(kv.counts.sum()) == 0
+
+
 def test_ctrl_c_ends_with_the_statistics(capsys, tmp_path, monkeypatch, prompt):
     """Whoever stops a long answer still wants what was said, the figures, and no traceback."""
     def interrupted(*args, **kwargs):

@@ -1190,6 +1190,9 @@ class DualCache(Cache):
         self.shared.most_steps = P
         self.evict_over_budget()
 
+    def has_budget(self):
+        return self.shared.most_pages is not None
+
     def free_pages_needed(self, wanted, wanted_a_layer, evict):
         """How many free pages a call needs, under a budget; it may evict to have them.
 
