@@ -853,7 +853,7 @@ def test_the_readmes_differences_are_measured():
     number = r"([+-]?\d+\.\d)"
     text = README + (HERE / "gates" / "README.md").read_text(encoding="utf-8")
     quoted = re.findall(rf"{number}\s+points\s+\({number}\s+to\s+{number}\)", text)
-    assert len(quoted) == 18
+    assert len(quoted) == 13
     for cells in quoted:
         assert tuple(map(float, cells)) in measured, cells
 
@@ -889,37 +889,80 @@ def test_the_readmes_figures_of_the_bundled_models_recipes():
         assert line in README.splitlines(), line
 
 
-def test_the_readmes_figures_of_the_chat_model():
-    """The same for the table of the chat model, whose rows are of 200 cases."""
-    columns = (("prose", 4096), ("code", 4096), ("needle", 600), ("chat", 2048))
+def chat_rows(file):
+    """The rows of a JSON file of chat.py by (policy, beside, task, tokens, cases)."""
     rows = {}
-    for row in json.loads((HERE / "experiments/chat.json").read_text())["rows"]:
+    for row in json.loads((HERE / "experiments" / file).read_text())["rows"]:
         s = row["settings"]
-        if s["cases"] == 200 and (s["task"], s["tokens"]) in columns:
-            rows[s["policy"], s.get("beside"), s["task"]] = row
-    table = (("gates, lambda 0.5", "long20", None), ("gates, lambda 1.28", "long12", None),
-             ("16 sinks + window", "16 sinks + window", "long20"),
-             ("16 sinks + window", "16 sinks + window", "long12"),
-             ("sliding window", "sliding window", "long20"),
-             ("uniform random (old policy: to be measured again)", "uniform random", "long20"),
-             ("whole heads (old policy: to be measured again)", "whole heads", "long20"),
-             ("SnapKV's signal (sees the question)",
-              "SnapKV's signal (unfair: sees the question)", "long20"))
+        rows[s["policy"], s.get("beside"), s["task"], s["tokens"], s["cases"]] = row
+    return rows
+
+
+def in_points(share):
+    """A difference in points as the tables have it: whole, halves away from 0, with its sign."""
+    points = math.floor(0.5 + abs(round(100 * share, 6)))
+    return f"{'+' if share > 0 else '-'}{points}" if points else "0"
+
+
+def chat_cell(row):
+    task = row["settings"]["task"]
+    difference = row[task]["minus_full"]["mean"]
+    return f"{difference:.3f}" if task in ("prose", "code") else in_points(difference)
+
+
+def test_the_readmes_figures_of_the_chat_model():
+    """The same for the tables of the chat model: policies beside gates of two lambdas."""
+    rows = chat_rows("chat.json")
     lines = README.replace("*", "").splitlines()
-    for name, policy, beside in table:
+    columns = [("prose", 4096), ("code", 4096), ("needle", 600), ("needle", 1024), ("needle", 2048),
+               ("needle", 4096), ("needles", 2048), ("values", 2048), ("tracking", 2048),
+               ("chat", 2048)]
+    policies = {name: name for name in ("16 sinks + window", "sliding window", "uniform random",
+                                        "whole heads")}
+    policies["SnapKV's signal (sees the question)"] = "SnapKV's signal (unfair: sees the question)"
+    for lam, gates, columns in (("0.2", "lambda 0.2", columns),
+                                ("0.64", "lambda 0.64, tau 0.05", columns[:6] + columns[9:])):
+        table = {f"gates, lambda {lam}": (gates, None)}
+        table.update((name, (policy, gates)) for name, policy in policies.items())
+        for name, key in table.items():
+            cells = [chat_cell(rows[*key, *column, 200]) for column in columns]
+            line = f"| {name} | " + " | ".join(cells) + " |"
+            assert line in lines, line
+
+    for name in ("lambda 0.2", "lambda 0.64, tau 0.05", "lambda 0.64"):
         cells = []
-        for task, _ in columns:
-            row = rows[policy, beside, task]
-            difference = row[task]["minus_full"]["mean"]
-            if task == "prose":
-                cells.append(f"{row['kept']:.1%}")
-            if task in ("prose", "code"):
-                cells.append(f"{difference:.3f}")
-            else:
-                points = math.floor(0.5 - round(100 * difference, 6))   # halves away from 0
-                cells += [f"{row['kept']:.0%}", f"-{points}" if points else "0"]
-        line = f"| {name} | " + " | ".join(cells) + " |"
-        assert line in lines, line
+        for task, tokens in (("prose", 4096), ("needle", 600), ("needle", 1024), ("needle", 2048)):
+            row = rows[name, None, task, tokens, 1000]
+            d = row[task]["minus_full"]
+            low, mean, high = (100 * d[key] for key in ("low", "mean", "high"))
+            needle = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+            cells += [f"{row['kept']:.1%}", f"{d['mean']:.4f}" if task == "prose" else needle]
+        assert f"| {name} | " + " | ".join(cells) + " |" in lines
+
+
+def test_the_readmes_figures_of_what_the_chat_models_gates_read():
+    """The same for the table of training texts, and for the choice of W and tau."""
+    lines = README.replace("*", "").splitlines()
+    rows = chat_rows("chat-shift.json")
+    for read in ("novels", "code", "novels and code"):
+        cells = []
+        for task, tokens, cases in (("prose", 4096, 96), ("code", 4096, 96), ("needle", 1024, 200),
+                                    ("needle", 2048, 200), ("chat", 2048, 200)):
+            row = rows[read, None, task, tokens, cases]
+            cells += [f"{row['kept']:.1%}", chat_cell(row)]
+        assert f"| {read} | " + " | ".join(cells) + " |" in lines
+
+    rows = chat_rows("chat-tau.json")
+    table = README[README.index("| lambda, W, tau |"):].split("\n\n")[0]
+    chosen = re.findall(r"^\| \**([\d.]+), (\d+), ([\d.]+)\** \| (.*) \|$", table, re.M)
+    assert len(chosen) == 12
+    for lam, W, tau, line in chosen:
+        policy = f"lambda {lam}, W {W}, tau {tau}"
+        prose = rows[policy, None, "prose", 4096, 64]
+        needle = rows[policy, None, "needle", 2048, 128]
+        nats = prose["prose"]["minus_full"]["mean"]
+        assert line == (f"{prose['kept']:.1%} | {nats:.4f} | {needle['kept']:.1%} | "
+                        f"{chat_cell(needle)}")
 
 
 def test_the_figures_of_the_gates_page():
@@ -930,26 +973,18 @@ def test_the_figures_of_the_gates_page():
     for row in file["rows"]:
         s = row["settings"]
         rows[s["policy"] == "full attention", s["task"], s["tokens"]] = row
-    for tokens in (1024, 2048):
+    for tokens in (600, 1024, 2048):
         gates = rows[False, "needle", tokens]
-        full = rows[True, "needle", tokens]
-        found = [f"{round(48 * row['needle']['mean'])} of 48" for row in (gates, full)]
-        assert f"| {tokens:,} | {gates['kept']:.1%} | {found[0]} | {found[1]} | " in page
+        found = gates["needle"]["mean"]
+        with_all = rows[True, "needle", tokens]["needle"]["mean"]
+        d = gates["needle"]["minus_full"]
+        low, mean, high = (100 * d[key] for key in ("low", "mean", "high"))
+        assert (f"| {tokens:,} | {gates['kept']:.1%} | {found:.1%} | {with_all:.1%} | "
+                f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) |") in page
     prose = rows[False, "prose", 4096]
-    difference = prose["prose"]["minus_full"]
-    assert f"| 384 | 0.2 | {prose['kept']:.1%} | +{difference['mean']:.3f} |" in page
-    assert f"interval {difference['low']:.3f} to {difference['high']:.3f}" in page
-
-    as_trained = {}
-    for row in json.loads((HERE / "experiments/recipes-smollm2.json").read_text())["rows"]:
-        s = row["settings"]
-        if (s["policy"], s.get("lam"), s.get("steps")) == ("target", "0.25", 600):
-            as_trained[s["task"], s["tokens"]] = row
-    nats = as_trained["prose", 4096]["prose"]["minus_full"]["mean"]
-    assert f"full attention | {nats:.3f} | {difference['mean']:.3f} |" in page
-    for task, tokens in (("prose", 4096), ("needle", 1024), ("needle", 2048)):
-        cells = [row["kept"] for row in (as_trained[task, tokens], rows[False, task, tokens])]
-        assert f" | {cells[0]:.1%} | {cells[1]:.1%} |" in page
+    nats = prose["prose"]["minus_full"]["mean"]
+    assert f"| 384 | 0.1 | {prose['kept']:.1%} | +{nats:.4f} |" in page
+    assert f"{rows[True, 'prose', 4096]['prose']['mean']:.3f} nats a token" in page
 
 
 def test_the_readmes_commands_parse():
