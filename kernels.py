@@ -8,6 +8,7 @@
     update_key_ranges, select_pages       selection: which pages a step of decode attends to
     query_attention, compact        eviction: SnapKV's score, and moving together what is left
     add_norm, silu_product          other parts of a layer that are worth fusing
+    gemv                            a linear layer of one token, with what stands around it
     soft_attention                  the student's attention in training, with its gradients
 
 Kernels say their formula, how the grid maps to the data, what pointers point to, what is masked
@@ -1148,6 +1149,134 @@ def add_norm(x, y, norm):
                                        BLOCK=triton.next_power_of_2(n),
                                        num_warps=8 if n > 1024 else 4)
     return x, out
+
+
+# ---------------------------------------------------------------------- linear layers of one token
+# With one token a linear layer is a matrix-vector product (GEMV). Each weight is read once and used
+# once, so it takes as long as reading the weights, and whatever the memory idles between kernels. A
+# layer of decode calls, with cuBLAS,
+#
+#     add_norm, qkv; out; add_norm, gate_up, silu_product; down     7 launches, and 2 split-K sums
+#
+# and with `gemv` 4 kernels. What they fuse costs next to nothing: they wait for memory anyway.
+#
+# With programmatic dependent launch (PDL) a kernel may start as soon as every program of the kernel
+# before it has said gdc_launch_dependents or has ended, where a multiprocessor has room. It
+# requests its first weights and then waits, in gdc_wait, for the end of that kernel. This is safe:
+#
+# - Before gdc_wait a program reads weights only, which the kernel before it must not write (in a
+#   decode step none does), and it writes nothing.
+# - When gdc_wait returns, all earlier kernels have ended, not just the last: that one's programs
+#   have all returned from their own gdc_wait, and so on back to a kernel without PDL, which starts
+#   only after all before it. So memory that PyTorch's allocator hands out again has no reader left.
+
+@triton.jit
+def gemv_tile(w, x, y, norm_weight, total, k, K, p, squares, ADD: tl.constexpr,
+              NORM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Add columns k of the product, from their weights w (BN, BK), to p (BN, BK / 8), and with NORM
+    the squares of x to squares (BK / 8). Columns from K on are zero.
+    """
+    here = k < K
+    s = tl.load(x + k, here, 0.)
+    if NORM:
+        factor = tl.load(norm_weight + k, here, 0.).to(tl.float32)
+    if ADD:                 # in x's dtype, as the twin adds: the residual stream has the same bits
+        s += tl.load(y + k, here, 0.)
+        tl.store(total + k, s, here & (tl.program_id(0) == 0))
+    s = s.to(tl.float32)
+    if NORM:
+        squares += tl.sum(tl.reshape(s * s, [BK // 8, 8]), 1)
+        s *= factor
+    # A thread has 8 neighboring columns of each row. It adds their products at once: so p takes an
+    # eighth of the registers, and these are what limits how many weights can be in flight.
+    p += tl.sum(tl.reshape(w.to(tl.float32) * s[None, :], [BN, BK // 8, 8]), 2)
+    return p, squares
+
+
+@triton.jit
+def gemv_kernel(x, y, norm_weight, weight, bias, total, out, N, K, eps, ADD: tl.constexpr,
+                NORM: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BN: tl.constexpr,
+                BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+    """One program: BN rows of the product, p[n] = sum_k weight[n, k] x[k], in fp32.
+
+    weight (N, K), bias (N), norm_weight, x, y, total (K). With ADD x is x + y, and program 0 stores
+    that to `total`: not to x, which other programs still read. With NORM it is RMSNorm(x); since
+    1 / rms is the same for all k, we multiply by it at the end, and one pass over x is enough:
+
+        p[n] = 1 / rms(x)  *  sum_k weight[n, k] norm_weight[k] x[k]
+
+    Without SILU out (N) is p. With SILU weight is [gate ; up], and out (N / 2) is SiLU(gate) * up.
+    The program's rows are then gate 0, up 0, gate 1, up 1, ...: with BN = 4 and N = 100 program 0
+    has the rows 0, 50, 1, 51.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    row = n
+    if SILU:
+        row = n // 2 + n % 2 * (N // 2)
+    row = tl.minimum(row, N - 1)            # past the end: the last row again, which is not stored
+    weight += row.to(tl.int64)[:, None] * K + k[None, :]                    # (BN, BK) pointers
+
+    # The first weights are on their way before we wait for the kernel that makes x.
+    w = tl.load(weight, (k < K)[None, :], 0., eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    p = tl.zeros([BN, BK // 8], tl.float32)
+    squares = tl.zeros([BK // 8], tl.float32)
+    p, squares = gemv_tile(w, x, y, norm_weight, total, k, K, p, squares, ADD, NORM, BN, BK)
+    for start in tl.range(BK, K, BK, num_stages=STAGES):
+        w = tl.load(weight + start, (start + k < K)[None, :], 0., eviction_policy="evict_first")
+        p, squares = gemv_tile(w, x, y, norm_weight, total, start + k, K, p, squares, ADD, NORM, BN,
+                               BK)
+
+    p = tl.sum(p, 1)                                                        # (BN,)
+    if NORM:
+        p *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if BIAS:
+        p += tl.load(bias + row).to(tl.float32)
+    if SILU:
+        gate, up = tl.split(tl.reshape(p, [BN // 2, 2]))
+        n = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+        tl.store(out + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), n < N // 2)
+    else:
+        tl.store(out + n, p.to(out.dtype.element_ty), n < N)
+
+
+# To keep the memory busy, each of an H200's 132 multiprocessors must have 4.4 TB/s * 1 us / 132 =
+# 33 KB of weights in flight, better twice that. A tile has 16 KB: 128 threads, each with 8 columns
+# of 8 rows. With STAGES = 3 the loop has up to two more tiles on their way to shared memory
+# (cp.async), with STAGES = 1 none. At 80 registers a thread a multiprocessor holds 5 programs.
+GEMV_TILE = dict(BN=8, BK=1024, STAGES=3, num_warps=4)
+GEMV_PDL = True
+
+
+def gemv(x, weight, bias=None, y=None, norm=None, silu=False, pdl=None, **tile):
+    """One token's linear layer: (x + y, the product of norm(x + y)). Twin: model.norm_linear.
+
+    x, y (..., K), K numbers in all; y and norm (an nn.RMSNorm) may be None. weight (N, K), bias (N)
+    or None -> (..., N). silu: weight is [gate ; up], and the result SiLU(gate) * up (..., N / 2).
+    x + y is a new tensor, or x itself without y. pdl, tile: other than GEMV_PDL and GEMV_TILE.
+    """
+    N, K = weight.shape
+    tile = {**GEMV_TILE, **tile}
+    tile["BK"] = min(tile["BK"], triton.next_power_of_2(K))
+    if pdl is None:
+        pdl = GEMV_PDL
+    pdl = pdl and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    x = x.contiguous()
+    total = x
+    if y is not None:
+        y = y.contiguous()
+        total = torch.empty_like(x)
+    out = x.new_empty(*x.shape[:-1], N // 2 if silu else N)
+    # Where something is None the kernel gets x, which it does not read there.
+    gemv_kernel[(triton.cdiv(N, tile["BN"]),)](
+        x, x if y is None else y, x if norm is None else norm.weight, weight,
+        x if bias is None else bias, total, out, N, K, 0.0 if norm is None else norm.eps,
+        ADD=y is not None, NORM=norm is not None, BIAS=bias is not None, SILU=silu, PDL=pdl,
+        launch_pdl=pdl, **tile)
+    return total, out
 
 
 # ------------------------------------------------------------------------------------ training

@@ -254,11 +254,39 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+def one_token_kernels(x):
+    """kernels_for(x) if x is a single token in half precision and needs no gradients, else None."""
+    if x.numel() != x.shape[-1] or x.dtype == torch.float32 or torch.is_grad_enabled():
+        return None
+    return kernels_for(x)
+
+
 class Linear(nn.Linear):
-    """An nn.Linear that calls `linear`."""
+    """An nn.Linear that is fast for a single token: a kernel of ours on a GPU, `linear` on a CPU.
+
+    On a GPU cuBLAS would take as long for a large matrix. A layer has small ones, 8 to 50 us each,
+    and there the pause before each kernel counts, which ours fills (see kernels.gemv).
+    """
 
     def forward(self, x):
+        kernels = one_token_kernels(x)
+        if kernels:
+            return kernels.gemv(x, self.weight, self.bias)[1]
         return linear(x, self.weight, self.bias)
+
+
+def norm_linear(residual, update, norm, project, silu=False):
+    """residual + update (which may be None), and the product of its norm; with silu SwiGLU's.
+
+    project: a Linear. For a single token on a GPU all of it is one kernel. Like add_norm this may
+    write over residual, so use only the one that is returned.
+    """
+    kernels = one_token_kernels(residual)
+    if kernels:
+        return kernels.gemv(residual, project.weight, project.bias, update, norm, silu)
+    residual, x = add_norm(residual, update, norm)
+    product = project(x)
+    return residual, silu_product(product) if silu else product
 
 
 class Block(nn.Module):
@@ -293,9 +321,8 @@ class Block(nn.Module):
         """
         B, T, _ = residual.shape
         Hq, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
-        residual, x = add_norm(residual, update, self.attn_norm)    # both (B, T, hidden_size)
-
-        qkv = self.qkv(x)                                           # (B, T, (Hq + 2 Hkv) * D)
+        # residual stays (B, T, hidden_size), qkv is (B, T, (Hq + 2 Hkv) * D).
+        residual, qkv = norm_linear(residual, update, self.attn_norm, self.qkv)
         qkv = qkv.view(B, T, Hq + 2 * Hkv, D).transpose(1, 2)       # (B, Hq + 2 Hkv, T, D)
         q, k, v = qkv.split((Hq, Hkv, Hkv), dim=1)                  # (B, Hq or Hkv, T, D) each
         q = self.q_norm(q)
@@ -304,8 +331,8 @@ class Block(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, Hq * D)                 # heads side by side
         update = all_reduce_sum(self.out(y), self.processes)        # (B, T, hidden_size)
 
-        residual, x = add_norm(residual, update, self.mlp_norm)
-        x = silu_product(self.gate_up(x))                           # (B, T, intermediate_size)
+        # x (B, T, intermediate_size)
+        residual, x = norm_linear(residual, update, self.mlp_norm, self.gate_up, silu=True)
         update = all_reduce_sum(self.down(x), self.processes)       # (B, T, hidden_size)
         return residual, update
 
@@ -359,6 +386,8 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """Scores (..., vocab_size) for hidden states (..., hidden_size)."""
         head = self.embed if self.lm_head is None else self.lm_head
+        # `linear` is cuBLAS on a GPU, also for one token: it reads so large a matrix at full speed.
+        # The other choice would be kernels.gemv(hidden, head.weight)[1].
         return linear(hidden, head.weight)
 
     @property

@@ -55,6 +55,7 @@ Triton's interpreter, and the tests of half precision are skipped.
     the caches through the kernels equal the definition     caches_through_the_kernels
     decode's work is divided as planned                     plan_of_decode
     gates, RoPE, norms and products equal PyTorch's         small_kernels
+    one token's linear layers are the linear layers         linear_layers, decode_of_one
     half precision loses no more than torch's attention     half_precision
 
     Programs
@@ -84,6 +85,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import files
 import generate
+import model
 import wgkv
 from common import HERE, UserError
 from model import Config, Llama, rotate
@@ -1725,6 +1727,72 @@ def test_small_kernels(B, Hkv, T, D, expansion, kernels, gpu):
     equal(normed, norm(x + y))
     x = torch.randn(T, 2 * D)
     equal(kernels.silu_product(x), F.silu(x[:, :D]) * x[:, D:])
+
+
+@pytest.mark.parametrize("stages", (1, 3))
+@pytest.mark.parametrize("add", (False, True))
+@pytest.mark.parametrize("norm", (False, True))
+@pytest.mark.parametrize("silu, bias", ((False, True), (True, False), (True, True)))
+def test_linear_layers_of_one_token(silu, bias, norm, add, stages, kernels, gpu):
+    """Rows or columns past the end, a norm of other numbers, halves of gate and up mixed up."""
+    torch.manual_seed(0)
+    for K, N in ((104, 37), (512, 33), (296, 16), (8, 1)):
+        x, y = torch.randn(2, 1, 1, K)
+        linear = torch.nn.Linear(K, 2 * N if silu else N, bias=bias)
+        rms_norm = torch.nn.RMSNorm(K, eps=1e-2)
+        torch.nn.init.normal_(rms_norm.weight)
+        total = x + y if add else x
+        want = linear(rms_norm(total) if norm else total)
+        if silu:
+            want = F.silu(want[..., :N]) * want[..., N:]
+        before = x.clone()
+        got = kernels.gemv(x, linear.weight, linear.bias, y if add else None,
+                           rms_norm if norm else None, silu, BN=16, BK=128, STAGES=stages)
+        equal(got[0], total)
+        equal(got[1], want)
+        equal(x, before)                    # other programs still read it
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), pytest.param(torch.bfloat16, 1e-2, marks=needs_gpu),
+    pytest.param(torch.float16, 2e-3, marks=needs_gpu)])
+def test_decode_of_one_sequence(dtype, tolerance, monkeypatch, kernels, gpu):
+    """Decode by gemv is decode by torch's products, and the same again in a CUDA graph."""
+    llama = small_llama(7, num_layers=2, vocab_size=400, tied=False, qk_norm=True, qkv_bias=True,
+                        out_bias=True, mlp_bias=True).to(dtype)
+    for name, p in llama.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    prompt = torch.randint(400, (1, 70))
+    products = []
+    gemv = kernels.gemv
+    monkeypatch.setattr(kernels, "gemv", lambda *args: products.append(1) or gemv(*args))
+    if dtype == torch.float32:              # which the model leaves to torch; the kernel can do it
+        monkeypatch.setattr(model, "one_token_kernels",
+                            lambda x: kernels if x.numel() == x.shape[-1] else None)
+
+    def start():
+        kv = DenseCache(llama, 1)
+        return kv, llama(prompt, kv)[:, -1]
+
+    kv, hidden = start()
+    tokens = []
+    ours = []
+    for _ in range(12):
+        tokens.append(llama.logits(hidden).argmax(-1))
+        hidden = llama(tokens[-1][:, None], kv)[:, 0]
+        ours.append(hidden)
+    assert len(products) == 12 * 2 * 4                  # steps, layers, products of a layer
+
+    kv, hidden = start()
+    said = list(generate.decode(llama, kv, hidden, 12, set()))
+    assert said == [token.tolist() for token in tokens]
+
+    monkeypatch.setattr(model, "one_token_kernels", lambda x: None)
+    kv, _ = start()
+    theirs = [llama(token[:, None], kv)[:, 0] for token in tokens]
+    ours, theirs = torch.stack(ours).float(), torch.stack(theirs).float()
+    assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
 @needs_gpu

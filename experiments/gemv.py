@@ -1,23 +1,13 @@
-"""Candidate for decode on a GPU: the linear layers of one token as kernels of our own.
+"""Times kernels.gemv, a linear layer of one token as a kernel of our own, beside cuBLAS.
 
-    python experiments/gemv.py --json gemv.json      times them beside cuBLAS, on a GPU (8B shape)
+    python experiments/gemv.py --json gemv.json      on a GPU, in the shape of an 8B model
 
-With one token a linear layer is a matrix-vector product (GEMV): each weight is read once and used
-once, so the time is that of reading the weights. A layer of decode calls, with cuBLAS,
-
-    add_norm, qkv; out; add_norm, gate_up, silu_product; down     7 launches, and 2 split-K sums
-
-and with `gemv`
-
-    gemv(add, norm); gemv; gemv(add, norm, SiLU); gemv            4 launches
-
-What is fused costs next to nothing in a kernel that waits for memory, and each launch less saves
-the time in which the GPU's memory idles between two kernels, 1 to 3 us. With programmatic dependent
-launch (PDL) a kernel starts while the one before it still runs, and fetches its first weights: they
-do not depend on what the other kernel writes. Only then does it wait for x.
-
-It has not been timed on a GPU yet, so model.py does not call it.
+The section "linear layers of one token" of kernels.py says what the kernel fuses and what PDL is.
+Each candidate is a size of tile. It is first compared with plain PyTorch. Then we time the linear
+layers of a whole decode step, without attention, and each of the four products alone. All 32 layers
+come in turn, 14 GB of weights, so that none are left in a cache.
 """
+import functools
 import json
 import sys
 import time
@@ -25,124 +15,48 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench                                                                    # noqa: E402
+import kernels                                                                  # noqa: E402
 from common import Parser, UserError, check_writable, run_program, whole, write_text    # noqa: E402
 from model import Block, add_norm, silu_product                                 # noqa: E402
 
-
-@triton.jit
-def gemv_kernel(x, y, norm_weight, weight, bias, total, out, N, K, eps, ADD: tl.constexpr,
-                NORM: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
-    """One program: BN outputs, out[n] = sum_k weight[n, k] x[k], in fp32.
-
-    With ADD x is x + y, and program 0 stores that to `total`. With NORM it is RMSNorm(x): since
-    1 / rms is the same for all k, we multiply by it at the end, and one pass over x is enough:
-
-        out[n] = 1 / rms(x)  *  sum_k weight[n, k] norm_weight[k] x[k]
-
-    With SILU weight has 2 N rows, and out[n] = SiLU(product of row n) * product of row N + n.
-    """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]        # (BN, BK) pointers
-    up = rows + N.to(tl.int64) * K
-    valid = (n < N)[:, None]
-    # The first tile's weights are on their way before we wait for the kernel that makes x.
-    first = tl.load(rows, valid & (k < K)[None, :], 0.)
-    if SILU:
-        first_up = tl.load(up, valid & (k < K)[None, :], 0.)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    s, factors = load_x(x, y, norm_weight, total, k, K, ADD, NORM)
-    squares = s * s                                                 # (BK,)
-    products = first.to(tl.float32) * factors[None, :]              # (BN, BK)
-    if SILU:
-        products_up = first_up.to(tl.float32) * factors[None, :]
-    for start in tl.range(BK, K, BK, num_stages=STAGES):
-        here = valid & (start + k < K)[None, :]
-        w = tl.load(rows + start, here, 0.)
-        if SILU:
-            w_up = tl.load(up + start, here, 0.)
-        s, factors = load_x(x, y, norm_weight, total, start + k, K, ADD, NORM)
-        squares += s * s
-        products += w.to(tl.float32) * factors[None, :]
-        if SILU:
-            products_up += w_up.to(tl.float32) * factors[None, :]
-    scale = 1.0
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    result = tl.sum(products, 1) * scale                            # (BN,)
-    if BIAS:
-        result += tl.load(bias + n, n < N, 0.).to(tl.float32)
-    if SILU:
-        result_up = tl.sum(products_up, 1) * scale
-        if BIAS:
-            result_up += tl.load(bias + N + n, n < N, 0.).to(tl.float32)
-        result = result / (1 + tl.exp(-result)) * result_up
-    tl.store(out + n, result.to(out.dtype.element_ty), n < N)
+# Candidates: (BN, BK, STAGES, num_warps, PDL). With STAGES = 1 weights go straight
+# to registers, with more through shared memory. The last two are the first two without PDL.
+TILES = [(8, 1024, 3, 4, 1), (8, 1024, 1, 4, 1), (16, 1024, 2, 4, 1), (16, 1024, 1, 4, 1),
+         (8, 2048, 2, 8, 1), (4, 1024, 3, 4, 1), (16, 512, 1, 4, 1), (8, 512, 1, 2, 1),
+         (8, 1024, 3, 4, 0), (8, 1024, 1, 4, 0)]
 
 
-@triton.jit
-def load_x(x, y, norm_weight, total, k, K, ADD: tl.constexpr, NORM: tl.constexpr):
-    """The numbers k of x (+ y), and what a weight is multiplied by: those times norm_weight."""
-    s = tl.load(x + k, k < K, 0.)
-    if ADD:
-        s += tl.load(y + k, k < K, 0.)
-        if tl.program_id(0) == 0:
-            tl.store(total + k, s, k < K)
-    s = s.to(tl.float32)
-    factors = s
-    if NORM:
-        factors = s * tl.load(norm_weight + k, k < K, 0.).to(tl.float32)
-    return s, factors
-
-
-# One tile is BN rows of BK weights; STAGES of them are in flight. To keep memory busy, a
-# multiprocessor of an H200 must have some 4.5 TB/s * 1 us / 132 = 34 KB in flight.
-DEFAULT = dict(BN=16, BK=256, STAGES=4, num_warps=4)
-
-
-def gemv(x, linear, y=None, norm=None, silu=False, pdl=False, **tile):
-    """linear(norm(x + y)) of one token: (x + y, product). y and norm (an nn.RMSNorm) may be None.
-
-    x, y (..., K) with K numbers in all; linear: an nn.Linear of weight (N, K). silu: weight (2 N,
-    K) = [gate ; up], and the product is SiLU(gate) * up (..., N). Twin: `reference`.
-    """
-    weight = linear.weight
-    rows, K = weight.shape
-    N = rows // 2 if silu else rows
-    tile = {**DEFAULT, **tile}
-    total = torch.empty_like(x) if y is not None else x
-    out = x.new_empty(*x.shape[:-1], N)
-    gemv_kernel[(triton.cdiv(N, tile["BN"]),)](
-        x, x if y is None else y, x if norm is None else norm.weight, weight,
-        x if linear.bias is None else linear.bias, total, out, N, K,
-        0.0 if norm is None else norm.eps, ADD=y is not None, NORM=norm is not None,
-        BIAS=linear.bias is not None, SILU=silu, PDL=pdl, launch_pdl=pdl, **tile)
-    return total, out
+def settings_of(candidate):
+    """The arguments of kernels.gemv for one of TILES."""
+    BN, BK, STAGES, num_warps, pdl = candidate
+    return dict(BN=BN, BK=BK, STAGES=STAGES, num_warps=num_warps, pdl=bool(pdl))
 
 
 def reference(x, linear, y=None, norm=None, silu=False):
-    """What `gemv` computes, in plain PyTorch."""
+    """What kernels.gemv computes, in plain PyTorch."""
     if y is not None:
         x = x + y
-    product = linear(x if norm is None else norm(x))
+    product = F.linear(x if norm is None else norm(x), linear.weight, linear.bias)
     if silu:
         gate, up = product.chunk(2, dim=-1)
         product = F.silu(gate) * up
     return x, product
 
 
-# ------------------------------------------------------------------------------------------ timing
+def gemv(x, linear, y=None, norm=None, silu=False, **settings):
+    """kernels.gemv with the arguments of `reference`."""
+    return kernels.gemv(x, linear.weight, linear.bias, y, norm, silu, **settings)
+
+
+def relative_error(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
 
 def step_with_cublas(layers, x):
-    """The linear layers of a decode step as model.Block has them, attention left out.
+    """The linear layers of a decode step as model.Block has them for several tokens.
 
     layers: Blocks. x (1, 1, hidden_size). All products are of the right shapes; attention's output
     is played by the first numbers of qkv's.
@@ -158,7 +72,7 @@ def step_with_cublas(layers, x):
 
 
 def step_with_gemv(layers, x, **settings):
-    """The same by `gemv`."""
+    """The same by kernels.gemv."""
     y = None
     for layer in layers:
         x, qkv = gemv(x, layer.qkv, y, layer.attn_norm, **settings)
@@ -168,29 +82,62 @@ def step_with_gemv(layers, x, **settings):
     return x, y
 
 
-# The candidates: (BN, BK, STAGES, num_warps).
-TILES = [(16, 256, 4, 4), (16, 256, 6, 4), (8, 256, 4, 4), (8, 512, 4, 4), (4, 1024, 3, 4),
-         (16, 512, 4, 8), (32, 256, 3, 8), (4, 512, 6, 2)]
+def check(layer, settings):
+    """The largest relative error of the four products of a layer, and of what goes with them."""
+    errors = []
+    for linear, norm, silu in ((layer.qkv, layer.attn_norm, False), (layer.out, None, False),
+                               (layer.gate_up, layer.mlp_norm, True), (layer.down, None, False)):
+        x, y = torch.randn(2, 1, 1, linear.in_features, device=linear.weight.device,
+                           dtype=linear.weight.dtype)
+        if norm is None:
+            y = None
+        want = reference(x, linear, y, norm, silu)
+        got = gemv(x, linear, y, norm, silu, **settings)
+        errors += [relative_error(a, b) for a, b in zip(got, want)]
+    return max(errors)
 
 
-def compare(layers, x, bandwidth):
-    """A row for each candidate: microseconds a layer, share of the read bandwidth, over cuBLAS."""
+def compare_steps(layers, x, bandwidth):
+    """A row for cuBLAS and each candidate: microseconds a layer, share of the bandwidth, error."""
     weights = sum(p.nbytes for layer in layers for p in layer.parameters())
-    candidates = {"cuBLAS": lambda: step_with_cublas(layers, x.clone())}
-    for BN, BK, STAGES, num_warps in TILES:
-        for pdl in (False, True):
-            def step(settings=dict(BN=BN, BK=BK, STAGES=STAGES, num_warps=num_warps, pdl=pdl)):
-                return step_with_gemv(layers, x, **settings)
-
-            name = f"BN {BN}, BK {BK}, {STAGES} stages, {num_warps} warps"
-            candidates[name + (", PDL" if pdl else "")] = step
-    expected = torch.cat(candidates["cuBLAS"]()).float()
-    times = bench.device_times(*candidates.values(), inner=1)
-    for (name, step), seconds in zip(candidates.items(), times):
-        error = (torch.cat(step()).float() - expected).norm() / expected.norm()
+    sides = {"cuBLAS": lambda: step_with_cublas(layers, x.clone())}
+    errors = {"cuBLAS": 0.0}
+    for candidate in TILES:
+        settings = settings_of(candidate)
+        name = ",".join(map(str, candidate))
+        errors[name] = check(layers[0], settings)
+        sides[name] = lambda settings=settings: step_with_gemv(layers, x, **settings)
+    times = bench.device_times(*sides.values(), inner=1)
+    for name, seconds in zip(sides, times):
         yield dict(candidate=name, layer_us=[s / len(layers) * 1e6 for s in seconds],
                    mbu=weights / bench.median(seconds) / bandwidth,
-                   ratio=bench.over(seconds, times[0]), relative_error=error.item())
+                   ratio=bench.over(seconds, times[0]), relative_error=errors[name])
+
+
+def compare_products(layers, x):
+    """A row for each of a layer's four products, by cuBLAS and by each candidate."""
+    config = bench.LLAMA_8B
+    y = torch.randn_like(x)
+    wide = torch.randn(1, 1, config.intermediate_size, device=x.device, dtype=x.dtype)
+    for name, source, norm, silu in (("qkv", x, "attn_norm", False), ("out", x, None, False),
+                                     ("gate_up", x, "mlp_norm", True), ("down", wide, None, False)):
+        def with_cublas():
+            for layer in layers:
+                F.linear(source, getattr(layer, name).weight)
+
+        def with_gemv(settings):
+            for layer in layers:
+                gemv(source, getattr(layer, name), y if norm else None,
+                     getattr(layer, norm) if norm else None, silu, **settings)
+
+        sides = {"cuBLAS": with_cublas}
+        for candidate in TILES:
+            sides[",".join(map(str, candidate))] = functools.partial(with_gemv,
+                                                                     settings_of(candidate))
+        nbytes = getattr(layers[0], name).weight.nbytes
+        for side, seconds in zip(sides, bench.device_times(*sides.values(), inner=1)):
+            us = bench.median(seconds) / len(layers) * 1e6
+            yield dict(product=name, candidate=side, us=us, bytes_per_second=nbytes / us * 1e6)
 
 
 @torch.no_grad()
@@ -209,14 +156,20 @@ def main(argv=None):
     with device:
         layers = [Block(bench.LLAMA_8B).to(torch.bfloat16) for _ in range(args.layers)]
         x = torch.randn(1, 1, bench.LLAMA_8B.hidden_size, dtype=torch.bfloat16)
+    torch.cuda.synchronize()            # a kernel with PDL reads weights before it waits
     bandwidth = bench.measure_peaks(device)["bandwidth"]
     results = dict(bench.machine(device), date=time.strftime("%Y-%m-%d"), bandwidth=bandwidth,
-                   layers=args.layers, rows=[])
-    for row in compare(layers, x, bandwidth):
+                   layers=args.layers, rows=[], products=[])
+    print(f"bandwidth {bandwidth / 1e12:.2f} TB/s; candidates: BN,BK,STAGES,warps,PDL", flush=True)
+    for row in compare_steps(layers, x, bandwidth):
         results["rows"].append(row)
-        print(f"{row['candidate']:44} {bench.median(row['layer_us']):8.2f} us a layer, "
+        print(f"{row['candidate']:14} {bench.median(row['layer_us']):8.2f} us a layer, "
               f"{row['mbu']:5.1%} of the bandwidth, {row['ratio']:.3f} of cuBLAS, error "
               f"{row['relative_error']:.4f}", flush=True)
+    for row in compare_products(layers, x):
+        results["products"].append(row)
+        print(f"{row['product']:8} {row['candidate']:14} {row['us']:8.2f} us, "
+              f"{row['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
     if args.json:
         write_text(args.json, json.dumps(results, indent=1) + "\n")
 
