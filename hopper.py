@@ -172,7 +172,8 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
         if i * P + 2 * P > n:
             s_a = mask_scores(s_a, i, band_g, n, pages, t_s, first, t0, T, W, tau, P)
             s_b = mask_scores(s_b, i + 1, band_g, n, pages, t_s, first, t0, T, W, tau, P)
-        # This pair's softmax, while p.v is still running.
+        # This pair's softmax, while p.v is still running. (So it is written. The assembler of CUDA
+        # 12.8 moves the wait below up to here: see BENCHMARKS.md, "What bounds it".)
         m_new = gl.maximum(m, gl.max(gl.maximum(s_a, s_b), 1))
         s_a = gl.exp2(s_a * scale - (m_new * scale)[:, None])
         s_b = gl.exp2(s_b * scale - (m_new * scale)[:, None])
