@@ -432,21 +432,29 @@ def sampler(temperature, top_p, seed, device):
 
 
 def warm_up(model, kv):
-    """Seconds that a GPU's first use takes: kernels are compiled, on a copy of the cache."""
+    """Seconds that a GPU's first use takes: kernels are compiled, on copies of the cache."""
     if model.device.type != "cuda":
         return 0.0
     start = clock(model.device)
+    if kv.kernels is not None:
+        with kv.kernels.compiled_together():
+            read_and_decode(model, kv.clone(), FEW_STEPS)
     use_once(model, kv.clone())
     return clock(model.device) - start
 
 
 def use_once(model, kv):
     """Do with a cache what answering a prompt will do: read in chunks, decode, evict."""
-    hidden = prefill(model, kv, [[0] * 300] * kv.B, chunk=200)
-    for _ in decode(model, kv, hidden, FEW_STEPS + 4):
-        pass
+    read_and_decode(model, kv, FEW_STEPS + 4)
     if isinstance(kv, DualCache) and kv.has_budget():
         kv.evict(0)         # even the sinks: the first eviction would be a pause in the text
+
+
+def read_and_decode(model, kv, steps):
+    """Read 300 tokens in two chunks and decode; the ids are of no use."""
+    hidden = prefill(model, kv, [[0] * 300] * kv.B, chunk=200)
+    for _ in decode(model, kv, hidden, steps):
+        pass
 
 
 # ------------------------------------------------------------------------------------------ report

@@ -38,38 +38,44 @@ MASKED = gl.constexpr(-2e30)
 
 
 @gluon.jit
-def copy_pair(page, band, page_table, full, buffer, i, pages, start, P: gl.constexpr,
-              STAGES: gl.constexpr):
-    """Start the copies of tiles i and i + 1, of K or of V, into stage i / 2 mod STAGES.
-
-    Tile i is page i of the row, or after its `pages` pages the band's tile i - pages.
-    """
-    stage = i // 2 % STAGES
-    mbarrier.expect(full.index(stage), 2 * page.block_type.nbytes)
-    for half in gl.static_range(2):
-        target = buffer.index(stage * 2 + half)
-        if i + half < pages:
-            first = gl.load(page_table + i + half) * P
-            tma.async_copy_global_to_shared(page, [first, 0], full.index(stage), target)
-        else:
-            first = start + (i + half - pages) * P
-            tma.async_copy_global_to_shared(band, [first, 0], full.index(stage), target)
+def copy_tile(page, band, first, in_page, full, target):
+    """Start the copy of one tile of K or V, from its row `first` of the pages or of the band on."""
+    if in_page:
+        tma.async_copy_global_to_shared(page, [first, 0], full, target)
+    else:
+        tma.async_copy_global_to_shared(band, [first, 0], full, target)
 
 
 @gluon.jit
 def copy_warp(page_k, page_v, band_k, band_v, page_table, barriers, buffers, pages, tiles, start,
               P: gl.constexpr, STAGES: gl.constexpr):
-    """The copying warp: all tiles of K and V, two at a time, as stages come free."""
+    """The copying warp: all tiles of K and V, two at a time, as stages come free.
+
+    Tile i is page i of the row, or after its `pages` pages the band's tile i - pages.
+    """
     k_full, k_free, v_full, v_free = barriers
     k_buffer, v_buffer = buffers
     for i in range(0, tiles, 2):
+        # Where the pair i, i + 1 begins. Page numbers are read before the wait: they are there when
+        # a stage comes free.
+        a_in_page = i < pages
+        b_in_page = i + 1 < pages
+        page_a = gl.load(page_table + i, a_in_page, 0) * P
+        page_b = gl.load(page_table + i + 1, b_in_page, 0) * P
+        a = gl.where(a_in_page, page_a, start + (i - pages) * P)
+        b = gl.where(b_in_page, page_b, start + (i + 1 - pages) * P)
+
         stage = i // 2 % STAGES
         phase = i // 2 // STAGES & 1
         # The first use of a stage waits for the phase before the first, which counts as complete.
         mbarrier.wait(k_free.index(stage), phase ^ 1)
-        copy_pair(page_k, band_k, page_table, k_full, k_buffer, i, pages, start, P, STAGES)
+        mbarrier.expect(k_full.index(stage), 2 * page_k.block_type.nbytes)
+        copy_tile(page_k, band_k, a, a_in_page, k_full.index(stage), k_buffer.index(2 * stage))
+        copy_tile(page_k, band_k, b, b_in_page, k_full.index(stage), k_buffer.index(2 * stage + 1))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
-        copy_pair(page_v, band_v, page_table, v_full, v_buffer, i, pages, start, P, STAGES)
+        mbarrier.expect(v_full.index(stage), 2 * page_v.block_type.nbytes)
+        copy_tile(page_v, band_v, a, a_in_page, v_full.index(stage), v_buffer.index(2 * stage))
+        copy_tile(page_v, band_v, b, b_in_page, v_full.index(stage), v_buffer.index(2 * stage + 1))
 
 
 @gluon.jit
@@ -173,7 +179,8 @@ def attend_warpgroup(q, band_g, out, barriers, buffers, n, pages, tiles, t0, hal
             s_a = mask_scores(s_a, i, band_g, n, pages, t_s, first, t0, T, W, tau, P)
             s_b = mask_scores(s_b, i + 1, band_g, n, pages, t_s, first, t0, T, W, tau, P)
         # This pair's softmax, while p.v is still running. (So it is written. The assembler of CUDA
-        # 12.8 moves the wait below up to here: see BENCHMARKS.md, "What bounds it".)
+        # 12.8 moves the wait below up to here, and forcing it down made it no faster: see
+        # BENCHMARKS.md, "What bounds it". It is the other warpgroup that fills the gap.)
         m_new = gl.maximum(m, gl.max(gl.maximum(s_a, s_b), 1))
         s_a = gl.exp2(s_a * scale - (m_new * scale)[:, None])
         s_b = gl.exp2(s_b * scale - (m_new * scale)[:, None])

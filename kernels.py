@@ -37,7 +37,9 @@ Letters as in wgkv.py. BT, BM, BN, BH are how many tokens, queries, keys, hidden
 takes at a time. DP and GP are D and G padded to a power of two, as tl.arange wants; where they go
 into tl.dot, to at least 16, as the tensor cores want.
 """
+import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -61,16 +63,45 @@ LOG2E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
-def online_softmax(s, v, m, l, o):
-    """Add a tile of scores s (BM, BN), base 2, and values v (BN, D) to the running m, l (BM), o
-    (BM, D).
+def online_softmax(s, v, m, l, o, scale=1.):
+    """Add a tile of scores s (BM, BN) and values v (BN, D) to the running m, l (BM), o (BM, D).
+
+    s * scale are scores in base 2. m is in the units of s: where scale is not 1, it is multiplied
+    inside the exponent, where product and subtraction are one instruction.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - m_new[:, None])
-    rescale = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale - (m_new * scale)[:, None])
+    rescale = tl.exp2((m - m_new) * scale)
     l = l * rescale + tl.sum(p, 1)
     o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
     return m_new, l, o
+
+
+# ------------------------------------------------------------------------------- compilation
+
+@contextlib.contextmanager
+def compiled_together():
+    """Inside, a launch only has its kernel compiled, in a thread; at the end all are ready to run.
+
+    Otherwise each kernel is compiled at its first launch, while nobody does anything else. Nothing
+    runs in here: results are what memory happened to hold, so whoever computes an index from one
+    must not be called. On an H200's host the 8B shape's kernels take 10 s one after another and
+    some 4 s together, most of that for a single one.
+    """
+    run = triton.JITFunction.run
+
+    def only_compile(kernel, *args, grid, warmup, **options):
+        return run(kernel, *args, grid=grid, warmup=True, **options)
+
+    triton.JITFunction.run = only_compile
+    try:
+        with ThreadPoolExecutor() as threads:
+            with triton.AsyncCompileMode(threads) as mode:
+                yield
+            # They are compiled. Asked for `run`, each is loaded onto the GPU.
+            list(threads.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
+    finally:
+        triton.JITFunction.run = run
 
 
 # --------------------------------------------------------------------------- rotation and gates
@@ -387,7 +418,8 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
     L, B, Hkv, _ = page_table.shape
     _, P, D = pool.k.shape
     key_ranges = "low" in pool.names
-    slots = torch.empty(L, B, Hkv, 1, device=pool.k.device, dtype=torch.long)
+    # Zeros: the gates are read at these places, also where the kernel is only compiled.
+    slots = torch.zeros(L, B, Hkv, 1, device=pool.k.device, dtype=torch.long)
     promote_leaving_kernel[(B * Hkv, L)](
         pool.k, pool.v, pool.g, pool.pos, page_table, counts, pool.free, pool.num_free, num_tokens,
         num_new, tau, pool.low if key_ranges else pool.k,
@@ -401,12 +433,15 @@ def promote_leaving(pool, page_table, counts, num_tokens, num_new, window, tau):
 def rotate_and_write_kernel(q, k, v, cos, sin, q_out, page_k, page_v, page_pos, page_table,
                             num_tokens, num_new, ring_size, columns, Hq, Hkv, cos_b, q_b, q_h, k_b,
                             k_h, v_b, v_h, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr,
-                            P: tl.constexpr, GATED: tl.constexpr):
+                            P: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
     """One program: one head of the one new token of a sequence.
 
     A query head is rotated into q_out. A key head is rotated into the page where its row has the
     place `position mod ring_size`, and its value copied beside it.
     """
+    if PDL:
+        # Attention may start now; it waits for what we write. Any other kernel starts after us.
+        tl.extra.cuda.gdc_launch_dependents()
     b = (tl.program_id(0) // (Hq + Hkv)).to(tl.int64)
     h = (tl.program_id(0) % (Hq + Hkv)).to(tl.int64)
     t = tl.zeros([1], tl.int32)                 # rotate_head takes tiles of tokens: this is one
@@ -447,7 +482,7 @@ def rotate_and_write(q, k, v, cos, sin, page_k, page_v, page_table, num_tokens, 
         num_tokens, num_new, window if gated else 2**31 - 1, page_table.stride(1), Hq, Hkv,
         cos.stride(0) if len(cos) > 1 else 0, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         D=D, DP=triton.next_power_of_2(D), HALF=triton.next_power_of_2(D // 2), P=page_k.shape[1],
-        GATED=gated, num_warps=1)
+        GATED=gated, PDL=on_hopper(q), num_warps=1)
     return q_out
 
 
@@ -490,34 +525,35 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
     page_table += row * columns
     for page in range(0, n // P):
         first = tl.load(page_table + page) * P
-        s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee") * scale        # (BM, P)
-        m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o)
+        s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee")                # (BM, P)
+        m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o, scale)
 
     # 2. The partial page. The rest of it holds tokens promoted later in this call, which the band
     # serves, or nothing: scores there are masked, and values set to 0, since 0 * NaN is NaN.
     if n % P > 0:
         first = tl.load(page_table + n // P) * P
         old = tl.arange(0, P) < n % P
-        s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee") * scale
+        s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee")
         s = tl.where(old[None, :], s, MASKED)
         V = page_v.load([first, 0])
         V = tl.where(old[:, None], V, 0.).to(V.dtype)
-        m, l, o = online_softmax(s, V, m, l, o)
+        m, l, o = online_softmax(s, V, m, l, o, scale)
 
     # 3. The band, where index W + t is new token t: from t0 + 1, where the first query's window
-    # begins, to the last query's own token. Here the definition is applied key by key.
-    i = W + t
+    # begins, to the last query's own token. Here the definition is applied key by key: key j is
+    # seen by the queries t from j - W, its own token, to the last before `end`. That is j, where it
+    # leaves the window of query t = j; an admitted key is seen for ever. Before the beginning of
+    # the text (g = -inf) there is none to see.
     start = (row * (W + T)).to(tl.int32)
     band_g += row * (W + T)
     for j0 in range(t0 + 1, tl.minimum(t0 + BM, T) + W, P):
         j = j0 + tl.arange(0, P)
         g = tl.load(band_g + j, j < W + T, -float("inf"))
-        in_window = i[:, None] - j[None, :] < W
-        visible = (j[None, :] <= i[:, None]) & (in_window | (g >= tau)[None, :])
-        visible = visible & (g > -float("inf"))[None, :]        # -inf: before the text's beginning
-        s = tl.dot(Q, band_k.load([start + j0, 0]).T, input_precision="ieee") * scale
+        end = tl.where(g > -float("inf"), tl.where(g >= tau, 2**31 - 1, j), 0)
+        visible = ((j - W)[None, :] <= t[:, None]) & (t[:, None] < end[None, :])
+        s = tl.dot(Q, band_k.load([start + j0, 0]).T, input_precision="ieee")
         s = tl.where(visible, s, MASKED)
-        m, l, o = online_softmax(s, band_v.load([start + j0, 0]), m, l, o)
+        m, l, o = online_softmax(s, band_v.load([start + j0, 0]), m, l, o, scale)
 
     o = (o / l[:, None]).to(out.dtype.element_ty)
     out += b * out_b + hq * out_h
@@ -546,14 +582,13 @@ def prefill_attention(q, band_k, band_v, band_g, page_k, page_v, page_table, num
                                  out, window, tau)
         return out
     DP = max(16, triton.next_power_of_2(D))
-    BM = prefill_tile(DP, q.dtype)
+    BM, options = prefill_tile(DP, q.dtype)
     band_k, band_v, page_k, page_v = (TensorDescriptor.from_tensor(x.view(-1, D), [P, DP])
                                       for x in (band_k, band_v, page_k, page_v))
     prefill_kernel[(B * Hq, triton.cdiv(T, BM))](
         q, band_k, band_v, band_g, page_k, page_v, page_table, num_old, out, tau,
         1 / math.sqrt(D) / math.log(2), T, window, page_table.stride(1), Hq, *q.stride()[:3],
-        *out.stride()[:3], G=Hq // Hkv, D=D, DP=DP, BM=BM, P=P, num_warps=4,
-        num_stages=stages(DP, q.dtype))
+        *out.stride()[:3], G=Hq // Hkv, D=D, DP=DP, BM=BM, P=P, **options)
     return out
 
 
@@ -575,8 +610,15 @@ def hopper_kernels(q):
 
 
 def prefill_tile(DP, dtype):
-    """Queries a program for a padded head dim: what fits into the registers of 4 warps."""
-    return 64 if dtype == torch.float32 or DP >= 128 else 128
+    """(queries a program, the compiler's options) for a padded head dim: what registers can hold.
+
+    At 128, two programs of 256 threads share a multiprocessor's 65,536 registers, 128 a thread:
+    while one computes its exponents, the other has the tensor cores.
+    """
+    if DP == 128 and dtype.itemsize == 2:
+        return 128, dict(num_warps=8, num_stages=2, maxnreg=128)
+    BM = 64 if dtype == torch.float32 or DP >= 128 else 128
+    return BM, dict(num_warps=4, num_stages=stages(DP, dtype))
 
 
 def stages(DP, dtype):
@@ -588,21 +630,19 @@ def stages(DP, dtype):
 
 
 # -------------------------------------------------------------------------------------- decode
-# Split-KV, as in Flash-Decoding, over all rows at once. The pages of all rows of a layer, row after
-# row, form one list of tiles. Each of the launch's programs, one a multiprocessor, takes an even
-# share of it. So whatever the heads keep, shares differ by one tile at most. A program whose share
-# ends inside a row leaves a partial result; the last to finish at a row combines its partials.
+# Split-KV, as in Flash-Decoding, over all rows at once. Each row's tiles (pages) are cut into
+# pieces of nearly equal length, and each of the launch's programs takes one piece. A program leaves
+# a partial result; the last to finish at a row combines the row's partials. Longer rows get more
+# pieces.
 #
-# Three rows of 5, 1 and 6 tiles, four programs with 12 / 4 = 3 tiles each:
+# Three rows of 5, 1 and 6 tiles, six programs. Pieces of at most 3 tiles are the shortest of which
+# six are enough:
 #
-#     tile       0  1  2 | 3  4  5 | 6  7  8 | 9 10 11        tile_starts  0 5 6 12
-#     row        0  0  0 | 0  0  1 | 2  2  2 | 2  2  2        first_row    0 0 2 2
-#     program    0       | 1       | 2       | 3              first_tile   0 3 0 3 (in that row)
+#     tile       0  1 | 2  3  4 | 0 | 0  1  2 | 3  4  5
+#     row        0  0 | 0  0  0 | 1 | 2  2  2 | 2  2  2
+#     program    0    | 1       | 2 | 3       | 4            (5 has nothing to do)
 #
-# Row 0 has partials from programs 0 and 1, row 1 is written by program 1 alone, row 2 has
-# partials from 2 and 3. A partial's number is program + row (0, 1 and 4, 5). Along the list of
-# partials neither program nor row goes down, and one of them goes up: so all numbers differ, and
-# they are at most programs + rows - 2.
+# A piece never spans two rows. It would have to wait for its first keys twice.
 
 class DecodePlan(NamedTuple):
     """How a step's attention is divided among programs, for all layers; see plan_decode."""
@@ -611,52 +651,75 @@ class DecodePlan(NamedTuple):
     num_new: torch.Tensor           # (B) int64: 1, or 0 for a sequence without a new token
     ring_pages: int
     window: int
-    tile_starts: torch.Tensor       # (L, rows + 1) int32: the tiles before each row, then all
-    first_row: torch.Tensor         # (L, programs) int32: the row where a program's share begins
-    first_tile: torch.Tensor        # (L, programs) int32: the tile of that row where it begins
+    pieces: torch.Tensor            # (L, programs, 8) int32, for each program: its row; from which
+                                    # tile to before which; the row's first program, and how many
+                                    # it has; three unused, so that a layer's part is aligned
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def plan_kernel(counts, tile_starts, first_row, first_tile, rows, R, counts_l,
-                PROGRAMS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-                STEPS: tl.constexpr, P: tl.constexpr):
-    """One program: one layer. Element p of its tiles (LANES) belongs to decode's program p.
+def plan_kernel(counts, starts, pieces, rows, R, counts_l, PROGRAMS: tl.constexpr,
+                LANES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+    """One program: one layer. Element p of its tiles (LANES) is the piece of decode's program p.
 
-    LANES >= PROGRAMS and ROWS >= rows are powers of two, STEPS = log2 ROWS.
+    counts (L, rows) with a stride; starts (L, rows + 1): for the first piece of each row, then the
+    number of pieces; pieces (L, PROGRAMS, 8). LANES >= PROGRAMS >= rows and ROWS >= rows; LANES and
+    ROWS are powers of two, STEPS = log2 ROWS.
     """
-    layer = tl.program_id(0)
-    counts += layer.to(tl.int64) * counts_l
-    tile_starts += layer * (rows + 1)
+    layer = tl.program_id(0).to(tl.int64)
+    counts += layer * counts_l
+    starts += layer * (rows + 1)
+    pieces += layer * PROGRAMS * 8
     r = tl.arange(0, ROWS)
-    tiles = R + tl.cdiv(tl.load(counts + r, r < rows, 0).to(tl.int32), P)
-    tiles = tl.where(r < rows, tl.maximum(tiles, 1), 0)     # an empty row has one too, all masked
-    total = tl.sum(tiles, 0).to(tl.int64)
-    tl.store(tile_starts, 0)
-    tl.store(tile_starts + 1 + r, tl.cumsum(tiles, 0), r < rows)
-    tl.debug_barrier()                                      # all of tile_starts can be read now
+    tiles = row_tiles(tl.load(counts + r, r < rows, 0), R, P)
+    tiles = tl.where(r < rows, tiles, 0)
 
-    # Program p begins at tile total * p // programs. (With fewer tiles than programs the last ones
-    # get none, and what is stored for them is not used.) Its row is the last one whose first tile
-    # is not after that: a binary search, for all p at once.
+    # The longest piece: the least length of which PROGRAMS pieces are enough. We look for the
+    # largest that is too short, bit by bit from the top; it is one less.
+    too_short = 0
+    for bit in tl.static_range(20, -1, -1):
+        length = too_short + (1 << bit)
+        too_short = tl.where(tl.sum(tl.cdiv(tiles, length), 0) > PROGRAMS, length, too_short)
+    tl.store(starts, 0)
+    tl.store(starts + 1 + r, tl.cumsum(tl.cdiv(tiles, too_short + 1), 0), r < rows)
+    tl.debug_barrier()                                      # all of starts can be read now
+
+    # The row of program p is the last one whose first piece is not after p: a binary search, for
+    # all p at once.
     p = tl.arange(0, LANES)
-    tile = total * p // tl.minimum(PROGRAMS, total)
     row = tl.zeros([LANES], tl.int32)
     for step in tl.static_range(STEPS):
         later = row + (ROWS >> (step + 1))
-        start = tl.load(tile_starts + later, later < rows, 2**31 - 1)
-        row = tl.where(start <= tile, later, row)
-    tile_of_row = (tile - tl.load(tile_starts + row)).to(tl.int32)
-    tl.store(first_row + layer * PROGRAMS + p, row, p < PROGRAMS)
-    tl.store(first_tile + layer * PROGRAMS + p, tile_of_row, p < PROGRAMS)
+        start = tl.load(starts + later, later < rows, 2**31 - 1)
+        row = tl.where(start <= p, later, row)
+    start = tl.load(starts + row)
+    num_splits = tl.load(starts + row + 1) - start
+    tiles_of_row = row_tiles(tl.load(counts + row), R, P)
+    piece = tl.minimum(p - start, num_splits)               # num_splits: there is none left for p
+    first = tiles_of_row * piece // num_splits
+    last = tiles_of_row * tl.minimum(piece + 1, num_splits) // num_splits
+    pieces += p * 8
+    tl.store(pieces, row, p < PROGRAMS)
+    tl.store(pieces + 1, first, p < PROGRAMS)
+    tl.store(pieces + 2, last, p < PROGRAMS)
+    tl.store(pieces + 3, start, p < PROGRAMS)
+    tl.store(pieces + 4, num_splits, p < PROGRAMS)
+
+
+@triton.jit
+def row_tiles(count, R, P: tl.constexpr):
+    """The tiles of rows with R pages of ring. An empty row has one too, all masked."""
+    return tl.maximum(R + tl.cdiv(count.to(tl.int32), P), 1)
 
 
 def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, programs=None):
     """Divide decode's attention of all layers among programs, in one launch, on the device.
 
     counts (L, B, Hkv) int64: a row's tokens after its ring; num_tokens, num_new (B) int64.
-    ring_pages and window: 0 and 1 for a dense cache, whose rows have no ring. programs: one for
-    each multiprocessor (4 in the interpreter); with two, there would be twice the partials to
-    combine. Returns a DecodePlan. (No twin: PyTorch divides its work itself, and
+    ring_pages and window: 0 and 1 for a dense cache, whose rows have no ring. programs: at most so
+    many, but one a row at least (4 in the interpreter). Usually two for each multiprocessor, so
+    that one computes while the other waits for memory; in a large batch four for each row: with
+    248 rows of 8K to 64K tokens and only 264 programs, nearly every row would be one piece, and all
+    would wait for the longest. Returns a DecodePlan. (No twin: PyTorch divides its work itself, and
     wgkv.DualCache.plan_decode lists the pages.)
     """
     L, B, Hkv = counts.shape
@@ -665,60 +728,60 @@ def plan_decode(counts, num_tokens, num_new, ring_pages, window, page_size, prog
     if programs is None:
         programs = 4
         if device.type == "cuda":
-            programs = torch.cuda.get_device_properties(device).multi_processor_count
-    tile_starts = torch.empty(L, rows + 1, device=device, dtype=torch.int32)
-    first_row = torch.empty(L, programs, device=device, dtype=torch.int32)
-    first_tile = torch.empty_like(first_row)
+            # 8 rows of equal length can share 256 programs evenly, but not 2 * 132.
+            programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+            programs = max(programs // 32 * 32, 4 * rows)
+    programs = max(programs, rows)
+    starts = torch.empty(L, rows + 1, device=device, dtype=torch.int32)
+    pieces = torch.empty(L, programs, 8, device=device, dtype=torch.int32)
     ROWS = triton.next_power_of_2(rows)
-    plan_kernel[(L,)](counts, tile_starts, first_row, first_tile, rows, ring_pages,
-                      counts.stride(0), PROGRAMS=programs,
-                      LANES=triton.next_power_of_2(programs), ROWS=ROWS,
+    plan_kernel[(L,)](counts, starts, pieces, rows, ring_pages, counts.stride(0),
+                      PROGRAMS=programs, LANES=triton.next_power_of_2(programs), ROWS=ROWS,
                       STEPS=ROWS.bit_length() - 1, P=page_size)
-    return DecodePlan(counts, num_tokens, num_new, ring_pages, window, tile_starts, first_row,
-                      first_tile)
+    return DecodePlan(counts, num_tokens, num_new, ring_pages, window, pieces)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, tile_starts,
-                  first_row, first_tile, partial_o, partial_m, partial_l, arrivals, out, scale,
-                  rows, Hkv, columns, R, W, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, P: tl.constexpr, GM: tl.constexpr, COMBINE: tl.constexpr):
+def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, pieces, partial_o,
+                  partial_m, partial_l, arrivals, out, scale, Hkv, columns, R, W, G: tl.constexpr,
+                  GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+                  GM: tl.constexpr, COMBINE: tl.constexpr, PDL: tl.constexpr):
     """softmax(q k / sqrt(D)) v for one query a head over all that its row holds.
 
-    The grid has one axis: each program takes an even share of the layer's tiles (see above). The G
-    queries that share a KV head are multiplied together, padded to GP, at least 16.
+    The grid has one axis: each program takes one piece of one row (see above). The G queries that
+    share a KV head are multiplied together, padded to GP, at least 16.
 
     q, out (rows, G, D); page_k, page_v (N, P, D); page_table (rows, columns). In the ring the first
-    min(tokens, W) places hold tokens, after it the first `count`; the rest is masked. tile_starts,
-    first_row, first_tile: this layer's part of the plan. partial_o (programs + rows, GM, DP),
-    partial_m, partial_l (programs + rows, GM): partial results; GM is G padded to a power of two.
-    arrivals (rows): zeros.
+    min(tokens, W) places hold tokens, after it the first `count`; the rest is masked. pieces
+    (programs, 8): this layer's part of the plan. partial_o (programs, GM, DP), partial_m, partial_l
+    (programs, GM): partial results; GM is G padded to a power of two. arrivals (rows): zeros.
+
+    With PDL (programmatic dependent launch) we may begin while rotate_and_write is still running,
+    and must wait before we read what it writes: q and the new key and value. The plan and the page
+    table are older.
     """
     pid = tl.program_id(0)
-    total = tl.load(tile_starts + rows).to(tl.int64)
-    programs = tl.minimum(tl.num_programs(0), total)        # with few tiles the last get none
-    tile = (total * pid // programs).to(tl.int32)
-    end = tl.where(pid < programs, total * (pid + 1) // programs, 0).to(tl.int32)
-    row = tl.load(first_row + pid)
-    first = tl.load(first_tile + pid)
+    pieces += pid * 8
+    row = tl.load(pieces)
+    first = tl.load(pieces + 1)
+    last = tl.load(pieces + 2)
+    first_program = tl.load(pieces + 3)
+    num_splits = tl.load(pieces + 4)
     query = tl.arange(0, GP)
     d = tl.arange(0, DP)
     in_page = tl.arange(0, P)
     q_mask = (query < G)[:, None] & (d < D)[None, :]
     offsets = in_page[:, None] * D + d[None, :]             # of a page's K or V, (P, DP)
 
-    while tile < end:
-        # This program's part of one row: from its tile `first` to before its tile `last`. `tile`
-        # and `end` count through the layer, where this row has the tiles row_start to row_end. The
-        # loads do not depend on one another, so together they take the time of one.
+    if first < last:
+        # These loads do not depend on one another, so together they take the time of one.
         table = page_table + row.to(tl.int64) * columns
         page = tl.load(table + first)
-        row_start = tl.load(tile_starts + row)
-        row_end = tl.load(tile_starts + row + 1)
-        last = tl.minimum(end, row_end) - row_start
         count = tl.load(counts + row).to(tl.int32)
         tokens = tl.load(num_tokens + row // Hkv) + tl.load(num_new + row // Hkv)
         in_ring = tl.minimum(tokens, W).to(tl.int32)
+        if PDL:
+            tl.extra.cuda.gdc_wait()        # not in the loop: its loads would be moved before it
         q_offsets = (row * G + query).to(tl.int64)[:, None] * D + d[None, :]
         Q = tl.load(q + q_offsets, q_mask, 0.)              # (GP, DP)
         m = tl.full([GP], INITIAL_MAX, tl.float32)
@@ -737,16 +800,10 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
             s = tl.where(visible[None, :], s, MASKED)
             m, l, o = online_softmax(s, V, m, l, o)
 
-        # Which programs share this row? Program p's share begins at tile total * p // programs.
-        # Solved for p, tile u belongs to program ((u + 1) * programs - 1) // total: with 12 tiles
-        # and 4 programs, tile 5 to (6 * 4 - 1) // 12 = 1.
-        first_program = (((row_start + 1) * programs - 1) // total).to(tl.int32)
-        last_program = ((row_end * programs - 1) // total).to(tl.int32)
-        num_splits = last_program - first_program + 1
         if num_splits == 1:
             tl.store(out + q_offsets, (o / l[:, None]).to(out.dtype.element_ty), q_mask)
         else:
-            partial = (pid + row).to(tl.int64) * GM + query
+            partial = pid.to(tl.int64) * GM + query
             tl.store(partial_m + partial, m, query < G)
             tl.store(partial_l + partial, l, query < G)
             tl.store(partial_o + partial[:, None] * DP + d[None, :], o, (query < G)[:, None])
@@ -755,53 +812,51 @@ def decode_kernel(q, page_k, page_v, page_table, counts, num_tokens, num_new, ti
                 combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits, G,
                         GM, D, DP, COMBINE)
                 tl.store(arrivals + row, 0)                 # as the next launch expects it
-        tile = row_start + last
-        row += 1
-        first = 0
 
 
 @triton.jit
 def combine(partial_o, partial_m, partial_l, out, row, first_program, num_splits, G: tl.constexpr,
             GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COMBINE: tl.constexpr):
-    """A row's output from its partials: first the largest m, and then everything is a plain sum.
+    """A row's output from its partials, COMBINE of them at a time, in an online softmax.
 
-    Each read waits for the L2 cache or DRAM, so COMBINE partials are one load, a tile of (COMBINE,
-    GM, DP). (In a loop over single partials the compiler puts a barrier after each, and so a wait
-    for memory: 17 of them where 132 programs serve 8 rows.) Reads bypass the L1 cache (.cg), which
-    may hold what these addresses had before other programs wrote to them.
+    Each read waits for the L2 cache or DRAM. So m, l and o of COMBINE partials, tiles of (COMBINE,
+    GM) and (COMBINE, GM, DP), are read at the same time. (In a loop over single partials the
+    compiler puts a barrier after each, and so a wait for memory: 32 of them where 256 programs
+    serve 8 rows.) Reads bypass the L1 cache (.cg), which may hold what these addresses had before
+    other programs wrote to them.
     """
-    i = tl.arange(0, 64)
     query = tl.arange(0, GM)
     d = tl.arange(0, DP)
+    n = tl.arange(0, COMBINE)
     m = tl.full([GM], INITIAL_MAX, tl.float32)
-    for start in range(0, num_splits, 64):
-        partial = (first_program + start + i + row).to(tl.int64)[:, None] * GM + query[None, :]
-        here = (start + i < num_splits)[:, None] & (query < G)[None, :]
-        part_m = tl.load(partial_m + partial, here, INITIAL_MAX, cache_modifier=".cg")
-        m = tl.maximum(m, tl.max(part_m, 0))
     l = tl.zeros([GM], tl.float32)
     o = tl.zeros([GM, DP], tl.float32)
-    n = tl.arange(0, COMBINE)
     for start in range(0, num_splits, COMBINE):
-        partial = (first_program + start + n + row).to(tl.int64)[:, None] * GM + query[None, :]
+        partial = (first_program + start + n).to(tl.int64)[:, None] * GM + query[None, :]
         here = (start + n < num_splits)[:, None] & (query < G)[None, :]             # (COMBINE, GM)
         part_o = tl.load(partial_o + partial[:, :, None] * DP + d[None, None, :],
                          here[:, :, None], 0., cache_modifier=".cg")                # (.., .., DP)
         part_m = tl.load(partial_m + partial, here, MASKED, cache_modifier=".cg")
         part_l = tl.load(partial_l + partial, here, 0., cache_modifier=".cg")
-        weight = tl.exp2(part_m - m[None, :])
-        l += tl.sum(part_l * weight, 0)
-        o += tl.sum(part_o * weight[:, :, None], 0)
+        m_new = tl.maximum(m, tl.max(part_m, 0))
+        weight = tl.exp2(part_m - m_new[None, :])
+        rescale = tl.exp2(m - m_new)
+        l = l * rescale + tl.sum(part_l * weight, 0)
+        o = o * rescale[:, None] + tl.sum(part_o * weight[:, :, None], 0)
+        m = m_new
     y = (o / l[:, None]).to(out.dtype.element_ty)
     offsets = (row * G + query).to(tl.int64)[:, None] * D + d[None, :]
     tl.store(out + offsets, y, (query < G)[:, None] & (d < D)[None, :])
 
 
-def decode_attention(q, page_k, page_v, page_table, plan, layer):
+def decode_attention(q, page_k, page_v, page_table, plan, layer, early=False):
     """Attention of one new token a sequence, already written, over its rows' lists of pages.
 
     q (B, Hq, 1, D) contiguous; page_k, page_v (N, P, D); page_table (B, Hkv, M) int32 of this
     layer; plan: from plan_decode. Returns (B, Hq, 1, D). Twin: wgkv.paged_attention.
+
+    early: may it begin while the kernel launched last is still running? Only if that one writes
+    nothing but q and the new tokens. (A kernel that selects pages writes a page table.)
     """
     B, Hq, _, D = q.shape
     Hkv = page_table.shape[1]
@@ -810,21 +865,21 @@ def decode_attention(q, page_k, page_v, page_table, plan, layer):
     GP = max(16, triton.next_power_of_2(G))         # G, padded for tl.dot
     GM = triton.next_power_of_2(G)                  # and for storing partials
     DP = max(16, triton.next_power_of_2(D))
-    programs = plan.first_row.shape[1]
-    partial_o = torch.empty(programs + rows, GM, DP, device=q.device, dtype=torch.float32)
-    partial_m = torch.empty(programs + rows, GM, device=q.device, dtype=torch.float32)
+    programs = plan.pieces.shape[1]
+    partial_o = torch.empty(programs, GM, DP, device=q.device, dtype=torch.float32)
+    partial_m = torch.empty(programs, GM, device=q.device, dtype=torch.float32)
     partial_l = torch.empty_like(partial_m)
     out = torch.empty_like(q)
     # Partials that are combined at a time: 16384 numbers, 64 KB, are what 128 threads can hold.
     combine_at_once = max(1, min(32, 16384 // (GM * DP)))
+    pdl = early and on_hopper(q)
+    launch = dict(launch_pdl=True) if pdl else {}           # not every GPU knows it
     decode_kernel[(programs,)](
         q, page_k, page_v, page_table, plan.counts[layer], plan.num_tokens, plan.num_new,
-        plan.tile_starts[layer], plan.first_row[layer], plan.first_tile[layer], partial_o,
-        partial_m, partial_l, arrival_counters(q.device, rows), out,
-        1 / math.sqrt(D) / math.log(2), rows, Hkv, page_table.stride(1), plan.ring_pages,
-        plan.window, G=G, GP=GP, D=D, DP=DP,
-        P=page_k.shape[1], GM=GM, COMBINE=combine_at_once, num_warps=4,
-        num_stages=6 if on_hopper(q) else stages(DP, q.dtype))
+        plan.pieces[layer], partial_o, partial_m, partial_l, arrival_counters(q.device, rows), out,
+        1 / math.sqrt(D) / math.log(2), Hkv, page_table.stride(1), plan.ring_pages, plan.window,
+        G=G, GP=GP, D=D, DP=DP, P=page_k.shape[1], GM=GM, COMBINE=combine_at_once, PDL=pdl,
+        num_warps=4, num_stages=4 if on_hopper(q) else stages(DP, q.dtype), **launch)
     return out
 
 
@@ -1524,9 +1579,10 @@ def dk_dv_kernel(q, k, v, log_g, do, lse, delta, dk, dv, d_log_g, scale, T, W, H
 
 
 # (queries, keys, warps, stages) of a tile, by the padded head dim up to which it serves: what fits
-# into registers. No line here spills on sm_90. At 128 the dK, dV tiles are small enough for two
-# programs a multiprocessor: while one computes its exponents, the other has the tensor cores.
-FORWARD = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)}
+# into registers. No line here spills on sm_90. At 128 the tiles of the forward pass and of dK, dV
+# are small enough for two programs a multiprocessor: while one computes its exponents, the other
+# has the tensor cores.
+FORWARD = {64: (128, 128, 8, 3), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)}
 DQ = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
 DK_DV = {64: (64, 128, 8, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 1)}
 

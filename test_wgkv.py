@@ -54,6 +54,7 @@ Triton's interpreter, and the tests of half precision are skipped.
     Kernels
     the caches through the kernels equal the definition     caches_through_the_kernels
     decode's work is divided as planned                     plan_of_decode
+    compiling kernels all together changes nothing          rehearsal, compile_together
     gates, RoPE, norms and products equal PyTorch's         small_kernels
     one token's linear layers are the linear layers         linear_layers, decode_of_one
     half precision loses no more than torch's attention     half_precision
@@ -1582,7 +1583,7 @@ class PoisonedKernels:
         return self.kernels.prefill_attention(q, band_k, band_v, band_g, page_k, page_v, table,
                                               num_old, W, tau)
 
-    def decode_attention(self, q, page_k, page_v, table, plan, layer):
+    def decode_attention(self, q, page_k, page_v, table, plan, layer, early=False):
         place = torch.arange(table.shape[2] * P)
         ring = plan.ring_pages * P
         in_ring = (plan.num_tokens + plan.num_new).clamp(max=plan.window)[:, None, None]
@@ -1590,7 +1591,7 @@ class PoisonedKernels:
         held = (place < in_ring.clamp(max=ring)) | ((place >= ring) & (place < end))
         page_k = poisoned(page_k, table, held, math.nan)
         page_v = poisoned(page_v, table, held, math.nan)
-        y = self.kernels.decode_attention(q, page_k, page_v, table, plan, layer)
+        y = self.kernels.decode_attention(q, page_k, page_v, table, plan, layer, early)
         assert not self.kernels.arrival_counters(q.device, 1).any(), "counters are not zero again"
         return y
 
@@ -1638,27 +1639,81 @@ def test_the_caches_through_the_kernels(W, G, D, shares, programs, plan, kernels
     equal(feed(dense, qkv, plan), expected(qkv, torch.ones_like(g), W), "dense")
 
 
+@pytest.mark.parametrize("kind", ("dual", "budget", "select", "dense"))
+def test_a_rehearsal_needs_no_results(kind, kernels, gpu, monkeypatch):
+    """warm_up has kernels compiled and not run: an index made from what they left is anywhere."""
+    monkeypatch.setattr(wgkv, "kernels_for", lambda x: kernels)
+    asked = []
+
+    class NotRun:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: asked.append(self.name)
+
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, NotRun(name))
+    empty = torch.empty
+
+    def poison(*args, **settings):
+        x = empty(*args, **settings)
+        return x.fill_(math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+    monkeypatch.setattr(torch, "empty", poison)
+
+    net = small_llama(seed=1)
+    gates = Gates.for_model(net, window=100)
+    kv = DenseCache(net, 2) if kind == "dense" else DualCache(
+        net, gates, 2, select=192 if kind == "select" else None,
+        budget=2**20 if kind == "budget" else None)
+    generate.read_and_decode(net, kv, generate.FEW_STEPS)
+    assert "decode_kernel" in asked and ("prefill_kernel" in asked or kind == "dense")
+
+
+@needs_gpu
+def test_kernels_that_compile_together_are_the_same(kernels, gpu):
+    """First with none compiled, in this process: what runs after it is what would have run."""
+    net = small_llama(seed=1).to(torch.bfloat16)
+    gates = Gates.for_model(net, window=100)
+    prompts = [[1, 2, 3] * 100, [4, 5] * 70]
+    found = []
+    for together in (True, False):
+        for function in vars(kernels).values():
+            if hasattr(function, "device_caches"):
+                function.device_caches.clear()
+        kv = DualCache(net, gates, 2)
+        if together:
+            assert generate.warm_up(net, kv) > 0
+        assert not kv.num_tokens.any()
+        hidden = generate.prefill(net, kv, prompts, chunk=128)
+        ids = [ids for ids in generate.decode(net, kv, hidden, 20)]
+        found.append((hidden, ids))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
 @pytest.mark.parametrize("counts", (
     [[3]], [[0, 1, 700]], [[64, 65, 0, 129, 1, 5]] * 3, [[0, 0], [500, 3]]))
 @pytest.mark.parametrize("ring_pages, programs", ((0, 1), (2, 5), (4, 132)))
 def test_plan_of_decode(counts, ring_pages, programs, kernels, gpu):
-    """Faults: a share that begins in the wrong row, a tile that no program takes, or two."""
+    """Faults: a tile that no program takes, or two; a piece of two rows; a row cut too fine."""
     one = torch.ones(1, dtype=torch.long)
     counts = torch.tensor(counts)[:, None]                          # (L, 1, rows)
     plan = kernels.plan_decode(counts, one, one, ring_pages, 1, P, programs)
     for layer, row_counts in enumerate(counts[:, 0].tolist()):
-        # The list of tiles, each as the row that it belongs to; a row has one at least.
-        tiles = []
-        for row, n in enumerate(row_counts):
-            tiles += [row] * max(1, ring_pages + math.ceil(n / P))
-        starts = [tiles.index(row) for row in range(len(row_counts))]
-        assert plan.tile_starts[layer].tolist() == [*starts, len(tiles)]
-        active = min(programs, len(tiles))
-        first = [len(tiles) * n // active for n in range(active)]
-        first_row = [tiles[tile] for tile in first]
-        first_tile = [tile - starts[tiles[tile]] for tile in first]
-        assert plan.first_row[layer, :active].tolist() == first_row
-        assert plan.first_tile[layer, :active].tolist() == first_tile
+        tiles = [max(1, ring_pages + math.ceil(n / P)) for n in row_counts]
+        allowed = max(programs, len(tiles))
+        longest = next(length for length in range(1, max(tiles) + 1)
+                       if sum(math.ceil(n / length) for n in tiles) <= allowed)
+        pieces = []
+        for row, n in enumerate(tiles):
+            splits = math.ceil(n / longest)
+            start = len(pieces)
+            pieces += [[row, n * i // splits, n * (i + 1) // splits, start, splits]
+                       for i in range(splits)]
+        got = plan.pieces[layer, :, :5].tolist()
+        assert got[:len(pieces)] == pieces
+        for _, first, last, _, _ in got[len(pieces):]:
+            assert first == last                                    # nothing to do
 
 
 @pytest.mark.parametrize("B, Hkv, T, D, expansion", [

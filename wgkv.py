@@ -660,7 +660,8 @@ class DenseCache(Cache):
             pages = [x[layer].view(-1, P, self.D) for x in (self.base.k, self.base.v)]
             q = self.kernels.rotate_and_write(q, k, v, cos, sin, *pages, self.page_table,
                                               self.num_tokens, self.num_new)
-            return self.kernels.decode_attention(q, *pages, self.page_table, self.plan, 0)
+            return self.kernels.decode_attention(q, *pages, self.page_table, self.plan, 0,
+                                                 early=True)
         q, k = self.rotate(q, k, cos, sin)
 
         # Padding is written too; the next tokens overwrite it before anyone may see it.
@@ -1075,7 +1076,7 @@ class DualCache(Cache):
                 table = self.kernels.select_pages(q, self.pool, table, self.counts[layer], self.R,
                                                   self.chosen_pages)
             return self.kernels.decode_attention(q, self.pool.k, self.pool.v, table, self.plan,
-                                                 layer)
+                                                 layer, early=not self.selects())
         if self.selects():          # the pages depend on q, so this layer needs a plan of its own
             table = self.select_pages(layer, q)[None]               # (1, B, Hkv, R + chosen)
             counts = self.attended()[layer:layer + 1]               # (1, B, Hkv)
