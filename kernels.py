@@ -529,15 +529,13 @@ def prefill_kernel(q, band_k, band_v, band_g, page_k, page_v, page_table, num_ol
         m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o, scale)
 
     # 2. The partial page. The rest of it holds tokens promoted later in this call, which the band
-    # serves, or nothing: scores there are masked, and values set to 0, since 0 * NaN is NaN.
+    # serves, or nothing: scores there are masked. (Their weights are 0, and what they multiply must
+    # be finite: see wgkv.PagePool.)
     if n % P > 0:
         first = tl.load(page_table + n // P) * P
-        old = tl.arange(0, P) < n % P
         s = tl.dot(Q, page_k.load([first, 0]).T, input_precision="ieee")
-        s = tl.where(old[None, :], s, MASKED)
-        V = page_v.load([first, 0])
-        V = tl.where(old[:, None], V, 0.).to(V.dtype)
-        m, l, o = online_softmax(s, V, m, l, o, scale)
+        s = tl.where((tl.arange(0, P) < n % P)[None, :], s, MASKED)
+        m, l, o = online_softmax(s, page_v.load([first, 0]), m, l, o, scale)
 
     # 3. The band, where index W + t is new token t: from t0 + 1, where the first query's window
     # begins, to the last query's own token. Here the definition is applied key by key: key j is

@@ -3192,6 +3192,19 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     assert "--seq-len 1024 needs about" in err and "GiB free" in err and "lower --seq-len" in err
 
 
+@pytest.mark.parametrize("tokens, checkpoint, peak", (
+    (4096, False, 37.0), (8192, False, 58.3), (32768, True, 39.4)))
+def test_the_memory_estimate_is_near_what_was_measured(tokens, checkpoint, peak):
+    """Peaks of the 8B shape on an H200, in GiB, weights included: within 10%, and not below."""
+    on_gpu = SimpleNamespace(config=bench.LLAMA_8B, device=torch.device("cuda"),
+                             dtype=torch.bfloat16)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Llama(bench.LLAMA_8B).parameters()) * 2
+        gates = Gates(32, 8, 128)
+    estimate = (weights + train.training_bytes(on_gpu, gates, tokens, checkpoint)) / 2**30
+    assert peak <= estimate < 1.1 * peak
+
+
 def test_a_tokenizer_that_does_not_fit(tmp_path, capsys):
     """The tokenizer of another model: an index out of range, or on a GPU a dead process."""
     folder = make_folder(tmp_path, max_position_embeddings=1024)
