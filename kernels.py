@@ -633,12 +633,12 @@ def stages(DP, dtype):
 # a partial result; the last to finish at a row combines the row's partials. Longer rows get more
 # pieces.
 #
-# Three rows of 5, 1 and 6 tiles, six programs. Pieces of at most 3 tiles are the shortest of which
-# six are enough:
+# Three rows of 5, 1 and 6 tiles, five programs. Pieces of at most 3 tiles are the shortest of which
+# five are enough:
 #
 #     tile       0  1 | 2  3  4 | 0 | 0  1  2 | 3  4  5
 #     row        0  0 | 0  0  0 | 1 | 2  2  2 | 2  2  2
-#     program    0    | 1       | 2 | 3       | 4            (5 has nothing to do)
+#     program    0    | 1       | 2 | 3       | 4
 #
 # A piece never spans two rows. It would have to wait for its first keys twice.
 
@@ -1205,29 +1205,36 @@ def add_norm(x, y, norm):
 
 
 # ---------------------------------------------------------------------- linear layers of one token
-# With one token a linear layer is a matrix-vector product (GEMV). Each weight is read once and used
-# once, so it takes as long as reading the weights, and whatever the memory idles between kernels. A
-# layer of decode calls, with cuBLAS,
+# With one token a linear layer is a matrix-vector product (GEMV). Each weight is used once, so the
+# time is that of reading the weights, and of the pauses between kernels, in which memory idles. A
+# layer of decode calls
 #
-#     add_norm, qkv; out; add_norm, gate_up, silu_product; down     7 launches, and 2 split-K sums
+#     with cuBLAS     add_norm | qkv | out | add_norm | gate_up | silu_product | down
+#     with gemv                  qkv | out |            gate_up |                down
 #
-# and with `gemv` 4 kernels. What they fuse costs next to nothing: they wait for memory anyway.
+# (and cuBLAS launches two more, to add up parts of a product). Each of gemv's programs computes the
+# sum and the norm again, of 8 KB each, from the L2 cache: beside its 64 KB of weights that is
+# hardly noticed.
 #
-# With programmatic dependent launch (PDL) a kernel may start as soon as every program of the kernel
-# before it has said gdc_launch_dependents or has ended, where a multiprocessor has room. It
-# requests its first weights and then waits, in gdc_wait, for the end of that kernel. This is safe:
+# With programmatic dependent launch (PDL, the option launch_pdl) a kernel may start as soon as
+# every program of the kernel before it has called gdc_launch_dependents or has ended, if a
+# multiprocessor has registers free for it. Of these kernels only gemv calls it: gate_up, down and
+# the next layer's qkv start early, `out`, which follows attention, does not. A program requests its
+# first weights and then waits, in gdc_wait, for the end of the kernel before. This is safe:
 #
-# - Before gdc_wait a program reads weights only, which the kernel before it must not write (in a
-#   decode step none does), and it writes nothing.
+# - Before gdc_wait a program reads only weights, and writes nothing. No recent kernel may have
+#   written these weights: several gemvs in a row can have started, and only gdc_wait makes visible
+#   what was written. In decode nobody writes weights.
 # - When gdc_wait returns, all earlier kernels have ended, not just the last: that one's programs
 #   have all returned from their own gdc_wait, and so on back to a kernel without PDL, which starts
 #   only after all before it. So memory that PyTorch's allocator hands out again has no reader left.
+#   (For that, some program of each kernel with PDL must reach gdc_wait.)
 
 @triton.jit
-def gemv_tile(w, x, y, norm_weight, total, k, K, p, squares, ADD: tl.constexpr,
+def gemv_tile(w, x, y, norm_weight, total, k, K, p, sum_squares, ADD: tl.constexpr,
               NORM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Add columns k of the product, from their weights w (BN, BK), to p (BN, BK / 8), and with NORM
-    the squares of x to squares (BK / 8). Columns from K on are zero.
+    """Columns k (BK) of the product: add their part to p (BN, BK / 8), and with NORM the squares of
+    x + y to sum_squares (BK / 8), both fp32. w (BN, BK): the weights; columns from K on are zero.
     """
     here = k < K
     s = tl.load(x + k, here, 0.)
@@ -1238,25 +1245,28 @@ def gemv_tile(w, x, y, norm_weight, total, k, K, p, squares, ADD: tl.constexpr,
         tl.store(total + k, s, here & (tl.program_id(0) == 0))
     s = s.to(tl.float32)
     if NORM:
-        squares += tl.sum(tl.reshape(s * s, [BK // 8, 8]), 1)
+        sum_squares += tl.sum(tl.reshape(s * s, [BK // 8, 8]), 1)
         s *= factor
-    # A thread has 8 neighboring columns of each row. It adds their products at once: so p takes an
-    # eighth of the registers, and these are what limits how many weights can be in flight.
+    # With weights of 2 bytes and K a multiple of 16, a thread has 8 neighboring columns of a row.
+    # It adds their products at once: so p takes an eighth of the registers, and these are what
+    # limits how many weights can be in flight.
     p += tl.sum(tl.reshape(w.to(tl.float32) * s[None, :], [BN, BK // 8, 8]), 2)
-    return p, squares
+    return p, sum_squares
 
 
 @triton.jit
 def gemv_kernel(x, y, norm_weight, weight, bias, total, out, N, K, eps, ADD: tl.constexpr,
                 NORM: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BN: tl.constexpr,
                 BK: tl.constexpr, PDL: tl.constexpr):
-    """One program: BN rows of the product, p[n] = sum_k weight[n, k] x[k], in fp32.
+    """One program: BN rows p[n] of the product, in fp32.
 
-    weight (N, K), bias (N), norm_weight, x, y, total (K). With ADD x is x + y, and program 0 stores
-    that to `total`: not to x, which other programs still read. With NORM it is RMSNorm(x); since
-    1 / rms is the same for all k, we multiply by it at the end, and one pass over x is enough:
+        p[n] = bias[n] + sum_k weight[n, k] s[k]
 
-        p[n] = 1 / rms(x)  *  sum_k weight[n, k] norm_weight[k] x[k]
+    weight (N, K), bias (N), norm_weight, x, y, total (K). s is x, or with ADD x + y; then program 0
+    stores that to `total`: not to x, which other programs still read. With NORM it is the norm of
+    that; since 1 / rms is the same for all k, we multiply by it at the end, and one pass is enough:
+
+        p[n] = bias[n] + 1 / rms(s) * sum_k weight[n, k] norm_weight[k] s[k]
 
     Without SILU out (N) is p. With SILU weight is [gate ; up], and out (N / 2) is SiLU(gate) * up.
     The program's rows are then gate 0, up 0, gate 1, up 1, ...: with BN = 4 and N = 100 program 0
@@ -1267,25 +1277,26 @@ def gemv_kernel(x, y, norm_weight, weight, bias, total, out, N, K, eps, ADD: tl.
     row = n
     if SILU:
         row = n // 2 + n % 2 * (N // 2)
-    row = tl.minimum(row, N - 1)            # past the end: the last row again, which is not stored
-    weight += row.to(tl.int64)[:, None] * K + k[None, :]                    # (BN, BK) pointers
+    row = tl.minimum(row, N - 1)            # past the end: some row, whose result is not stored
+    pointers = weight + row.to(tl.int64)[:, None] * K + k[None, :]          # (BN, BK)
 
-    # The first weights are on their way before we wait for the kernel that makes x.
-    w = tl.load(weight, (k < K)[None, :], 0., eviction_policy="evict_first")
+    # The first weights are on their way before we wait for the kernel that makes x. evict_first:
+    # they are not read again in this step, so x, y and the norm's weight may keep the L2 cache.
+    w = tl.load(pointers, (k < K)[None, :], 0., eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     p = tl.zeros([BN, BK // 8], tl.float32)
-    squares = tl.zeros([BK // 8], tl.float32)
-    p, squares = gemv_tile(w, x, y, norm_weight, total, k, K, p, squares, ADD, NORM, BN, BK)
+    sum_squares = tl.zeros([BK // 8], tl.float32)
+    p, sum_squares = gemv_tile(w, x, y, norm_weight, total, k, K, p, sum_squares, ADD, NORM, BN, BK)
     for start in tl.range(BK, K, BK, num_stages=1):
-        w = tl.load(weight + start, (start + k < K)[None, :], 0., eviction_policy="evict_first")
-        p, squares = gemv_tile(w, x, y, norm_weight, total, start + k, K, p, squares, ADD, NORM, BN,
-                               BK)
+        w = tl.load(pointers + start, (start + k < K)[None, :], 0., eviction_policy="evict_first")
+        p, sum_squares = gemv_tile(w, x, y, norm_weight, total, start + k, K, p, sum_squares, ADD,
+                                   NORM, BN, BK)
 
     p = tl.sum(p, 1)                                                        # (BN,)
     if NORM:
-        p *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        p *= tl.rsqrt(tl.sum(sum_squares, 0) / K + eps)
     if BIAS:
         p += tl.load(bias + row).to(tl.float32)
     if SILU:
@@ -1296,20 +1307,26 @@ def gemv_kernel(x, y, norm_weight, weight, bias, total, out, N, K, eps, ADD: tl.
         tl.store(out + n, p.to(out.dtype.element_ty), n < N)
 
 
-# To keep the memory busy, each of an H200's 132 multiprocessors must have 4.4 TB/s * 1 us / 132 =
-# 33 KB of weights in flight, better twice that. A tile has 16 KB: 128 threads, each with 8 columns
-# of 8 rows. At 80 registers a thread a multiprocessor holds 5 programs, that is 80 KB. So weights
-# go straight to registers (num_stages=1 above): on an H200 the four products of a layer of the 8B
-# shape take 106 us, and 113 with a pipeline through shared memory; cuBLAS, norm and SiLU 128.
+# Bytes in flight are bandwidth times latency (about 1 us under load): to keep an H200's memory
+# busy, each of its 132 multiprocessors must have 4.4 TB/s * 1 us / 132 = 33 KB on the way. A
+# tile has 16 KB: 128 threads, each with 8 columns of 8 rows. With the 72 to 90 registers that a
+# thread takes, a multiprocessor holds 5 to 7 programs, so at least 80 KB. So weights go straight to
+# registers (num_stages=1 above): the four products of a layer of the 8B shape take 106 us, and 111
+# with the best pipeline through shared memory; cuBLAS, norm and SiLU 128.
 GEMV_TILE = dict(BN=8, BK=1024)
 
 
 def gemv(x, weight, bias=None, y=None, norm=None, silu=False, **tile):
     """One token's linear layer: (x + y, the product of norm(x + y)). Twin: model.norm_linear.
 
-    x, y (..., K), K numbers in all; y and norm (an nn.RMSNorm) may be None. weight (N, K), bias (N)
-    or None -> (..., N). silu: weight is [gate ; up], and the result SiLU(gate) * up (..., N / 2).
-    x + y is a new tensor, or x itself without y. tile: another BN or BK than GEMV_TILE's.
+    x, y (..., K), K >= 8 numbers in all; y and norm (an nn.RMSNorm) may be None. weight (N, K),
+    contiguous, bias (N) or None; all of one dtype. silu: weight is [gate ; up], N is even, and the
+    product is SiLU(gate) * up. Returns x + y (..., K), a new tensor, or x itself (a copy if it is
+    not contiguous) without y; and the product (..., N), with silu (..., N / 2), of x's dtype.
+    tile: another BN or BK than GEMV_TILE's.
+
+    x + y has the twin's bits. The product does not: here norm, product and SiLU stay in fp32 and
+    are rounded once, where the twin rounds after each.
     """
     N, K = weight.shape
     tile = {**GEMV_TILE, **tile}

@@ -215,7 +215,10 @@ class CausalAttention:
 
 
 def add_norm(residual, update, norm):
-    """Their sum (update may be None), and its norm. The kernel writes the sum over residual."""
+    """(residual + update, its norm), both (B, T, n); update may be None.
+
+    It may write the sum over residual: go on with what is returned.
+    """
     kernels = kernels_for(residual)
     if kernels and not torch.is_grad_enabled():
         return kernels.add_norm(residual, update, norm)
@@ -255,8 +258,12 @@ def linear(x, weight, bias=None):
 
 
 def one_token_kernels(x):
-    """kernels_for(x) if x is a single token in half precision and needs no gradients, else None."""
-    if x.numel() != x.shape[-1] or x.dtype == torch.float32 or torch.is_grad_enabled():
+    """kernels_for(x) if x is one token of one sequence, without gradients; else None.
+
+    Only in half precision, for which the kernel's tiles are tuned.
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if x.numel() != x.shape[-1] or not half or torch.is_grad_enabled():
         return None
     return kernels_for(x)
 
@@ -264,8 +271,9 @@ def one_token_kernels(x):
 class Linear(nn.Linear):
     """An nn.Linear that is fast for a single token: a kernel of ours on a GPU, `linear` on a CPU.
 
-    On a GPU cuBLAS would take as long for a large matrix. A layer has small ones, 8 to 50 us each,
-    and there the pause before each kernel counts, which ours fills (see kernels.gemv).
+    On a GPU cuBLAS would take as long for a large matrix. The matrices of an 8B model are small
+    ones, 8 to 50 us each on an H200, and there the pause before each kernel counts, which ours
+    fills: see "linear layers of one token" in kernels.py.
     """
 
     def forward(self, x):
@@ -276,10 +284,11 @@ class Linear(nn.Linear):
 
 
 def norm_linear(residual, update, norm, project, silu=False):
-    """residual + update (which may be None), and the product of its norm; with silu SwiGLU's.
+    """(residual + update, project(norm(residual + update))), (B, T, in) and (B, T, out).
 
-    project: a Linear. For a single token on a GPU all of it is one kernel. Like add_norm this may
-    write over residual, so use only the one that is returned.
+    update (B, T, in) may be None. project: a Linear; with silu its rows are [gate ; up], and the
+    second result is SiLU(gate) * up (B, T, out / 2). For a single token on a GPU all of it is one
+    kernel. Like add_norm this may write over residual: go on with what is returned.
     """
     kernels = one_token_kernels(residual)
     if kernels:

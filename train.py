@@ -422,8 +422,8 @@ def training_bytes(model, gates, num_tokens, checkpoint):
     size = 2 if on_gpu else model.dtype.itemsize                            # autocast to bf16
     numbers = 2 * c.hidden_size + 3 * c.intermediate_size
     numbers += 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    # In head dims, and in fp32: a gate's key three times, and its hidden units before and after GELU.
-    # (On a CPU twice that: its libraries take buffers of their own.)
+    # In head dims, and in fp32: a gate's key three times, and its hidden units before and after
+    # GELU. (On a CPU twice that: its libraries take buffers of their own.)
     gate = 2 * gates.expansion + 3 if on_gpu else 4 * gates.expansion + 8
     layer = size * numbers + 4 * c.num_kv_heads * c.head_dim * gate
     kept = c.num_layers * layer

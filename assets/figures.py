@@ -572,46 +572,42 @@ TILE = 30                   # the side of a tile in the list
 
 
 def decode_example():
-    """Three rows of tiles over four programs: the example of kernels.py, divided by its rules."""
+    """Three rows of tiles over five programs: the example of kernels.py, divided by its rules."""
     rows = (5, 1, 6)                                    # tiles of each
-    programs = 4
-    total = sum(rows)
+    programs = 5
     starts = [sum(rows[:row]) for row in range(len(rows))]
 
-    # Program p takes the tiles from total * p // programs up to the next program's first. Where a
-    # row ends inside its share, the share has two parts: (program, row, first tile, end).
-    shares = []
+    # The longest piece is as short as the number of programs allows. A row's pieces differ by a
+    # tile at most. parts: (program, row, first tile, end).
+    longest = 1
+    while sum(ceil_div(tiles, longest) for tiles in rows) > programs:
+        longest += 1
     parts = []
-    for program in range(programs):
-        tile = total * program // programs
-        end = total * (program + 1) // programs
-        shares.append(range(tile, end))
-        while tile < end:
-            row = max(row for row in range(len(rows)) if starts[row] <= tile)
-            stop = min(end, starts[row] + rows[row])
-            parts.append((program, row, tile, stop))
-            tile = stop
-    return Example(rows=rows, programs=programs, total=total, starts=starts, shares=shares,
-                   parts=parts)
+    for row, tiles in enumerate(rows):
+        splits = ceil_div(tiles, longest)
+        for piece in range(splits):
+            parts.append((len(parts), row, starts[row] + tiles * piece // splits,
+                          starts[row] + tiles * (piece + 1) // splits))
+    pieces = [range(first, end) for _, _, first, end in parts]
+    return Example(rows=rows, longest=longest, starts=starts, pieces=pieces, parts=parts)
 
 
 def draw_decode(e):
-    """The list of tiles and what becomes of its parts; and the same tiles in time."""
+    """The rows' tiles and what becomes of their pieces; and the same tiles in time."""
     longest = max(e.rows)
-    share = ceil_div(e.total, e.programs)
     fig = Figure("decode", 376, "How decode's work is split and combined",
-                 f"The {e.total} tiles of {len(e.rows)} rows form one list, and {e.programs} "
-                 f"programs take {share} each. A row in two programs' shares has two partial "
-                 "results, and the program that arrives last combines them. On the right, time: "
-                 f"with one program per row the longest takes {longest} tiles, with even shares "
-                 f"{share}.")
+                 f"The {sum(e.rows)} tiles of {len(e.rows)} rows are cut into {len(e.pieces)} "
+                 f"pieces of {e.longest} tiles at most, one for each program. A row of several "
+                 "pieces has as many partial results, and the program that arrives last combines "
+                 f"them. On the right, time: with one program per row the longest takes {longest} "
+                 f"tiles, in pieces {e.longest}.")
     x_of = draw_tile_list(fig, e)
     combining(fig, e.parts, x_of)
 
     # The same tiles in time, where each takes equally long.
     by_row = [range(start, start + tiles) for start, tiles in zip(e.starts, e.rows)]
     timeline(fig, 22, "one program per row", by_row, e.starts)
-    timeline(fig, 176, "even shares", e.shares, e.starts)
+    timeline(fig, 176, "one program per piece", e.pieces, e.starts)
 
     y = 364
     fig.text(24, y, "a tile is one page:", "small soft")
@@ -629,9 +625,9 @@ def tile_color(tile, starts):
 
 
 def draw_tile_list(fig, e):
-    """All tiles, with a gap between two programs' shares; returns {tile: its x}."""
+    """All tiles, with a gap between two pieces; returns {tile: its x}."""
     x_of = {}
-    for program, tiles in enumerate(e.shares):
+    for program, tiles in enumerate(e.pieces):
         for tile in tiles:
             x_of[tile] = 24 + (TILE + 2) * tile + 10 * program
             fig.box(x_of[tile], 40, TILE, TILE, str(tile), tile_color(tile, e.starts))
@@ -640,7 +636,7 @@ def draw_tile_list(fig, e):
         right = x_of[e.starts[row] + tiles - 1] + TILE
         fig.bracket(left + 1, right - 1, 29, "plain")
         fig.text((left + right) / 2, 22, f"row {row}", "middle bold")
-    for program, tiles in enumerate(e.shares):
+    for program, tiles in enumerate(e.pieces):
         left = x_of[tiles[0]]
         right = x_of[tiles[-1]] + TILE
         fig.bracket(left, right, 82, "plain", ends=-6)
@@ -649,7 +645,7 @@ def draw_tile_list(fig, e):
 
 
 def combining(fig, parts, x_of):
-    """From each program's part of a row to the row's output."""
+    """From each piece of a row to the row's output."""
     for row in sorted({row for _, row, _, _ in parts}):
         mine = [part for part in parts if part[1] == row]
         centers = [(x_of[first] + x_of[stop - 1] + TILE) / 2 for _, _, first, stop in mine]
