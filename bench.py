@@ -989,7 +989,7 @@ def time_train_step(model, tokens, window, seed):
     # The first step compiles, and it and the last measure the hard distillation loss as well.
     middle = log[1]
     return dict(step_s=middle["seconds"], tokens_per_s=middle["tokens_per_s"],
-                peak_gib=peak_bytes(model.device) / 2**30, checkpointed=micro_batches[tokens][1],
+                peak_gib=peak_bytes(model.device) / 2**30, layers_keep=micro_batches[tokens][1],
                 estimate=estimate)
 
 

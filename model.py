@@ -99,6 +99,14 @@ def rotate(x, cos, sin):
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def rotate_both(q, k, cos, sin):
+    """RoPE of q (B, Hq, T, D) and k (B, Hkv, T, D): one launch on a GPU, one pass on a CPU."""
+    kernels = kernels_for(q)
+    if kernels:
+        return kernels.rotate(q, k, cos, sin)
+    return rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+
+
 def rope_frequencies(config):
     """inv_freq (D/2,) fp32 on the CPU, and the factor on cos and sin (1 except for yarn)."""
     D = config.head_dim
@@ -208,7 +216,8 @@ class CausalAttention:
 
     def attend(self, layer, q, k, v, cos, sin):
         # Padding is on the right, where no real token looks: `lengths` changes nothing here.
-        return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate_both(q, k, cos, sin)
+        return attention(q, k, v, is_causal=True)
 
     def end(self):
         pass

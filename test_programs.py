@@ -2563,9 +2563,9 @@ def test_checkpointed_layers_give_the_same_gradients(tiny):
     model, text = tiny
     ids = text.encode(STORY)[:300]
     found = []
-    for checkpoint in (False, True):
+    for keep in (train.EVERYTHING, train.INPUT):
         gates = gates_for(model)
-        losses = train.distill(model, gates, [sample_of(ids)], checkpoint)
+        losses = train.distill(model, gates, [sample_of(ids)], keep)
         (losses.distill + losses.sparsity).backward()
         found.append([p.grad for p in gates.parameters()])
     for plain, checkpointed in zip(*found, strict=True):
@@ -3173,15 +3173,18 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     model = Llama.from_pretrained(tmp_path)
     gates = Gates.for_model(model)
     config = train.TrainConfig(seq_len=(512, 1024))
-    plain = train.training_bytes(model, gates, 1024, False)
-    checkpointed = train.training_bytes(model, gates, 1024, True)
-    assert plain > checkpointed > 1.5 * train.training_bytes(model, gates, 512, True)
+    plain = train.training_bytes(model, gates, 1024, train.EVERYTHING)
+    checkpointed = train.training_bytes(model, gates, 1024, train.INPUT)
+    assert plain > train.training_bytes(model, gates, 1024, train.ATTENTION) > checkpointed
+    assert checkpointed > 1.5 * train.training_bytes(model, gates, 512, train.INPUT)
 
     free = 2 * plain
     monkeypatch.setattr(train, "free_bytes", lambda device: free)
-    assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, False)}
+    assert train.plan_micro_batches(model, gates, config)[0] == {
+        512: (1, train.EVERYTHING), 1024: (1, train.EVERYTHING)}
     free = plain
-    assert train.plan_micro_batches(model, gates, config)[0] == {512: (1, False), 1024: (1, True)}
+    assert train.plan_micro_batches(model, gates, config)[0] == {
+        512: (1, train.EVERYTHING), 1024: (1, train.INPUT)}
 
     free = None                                 # as macOS says
     assert "free is not known" in train.plan_micro_batches(model, gates, config)[1]
@@ -3192,16 +3195,17 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
     assert "--seq-len 1024 needs about" in err and "GiB free" in err and "lower --seq-len" in err
 
 
-@pytest.mark.parametrize("tokens, checkpoint, peak", (
-    (4096, False, 37.0), (8192, False, 58.3), (32768, True, 39.4)))
-def test_the_memory_estimate_is_near_what_was_measured(tokens, checkpoint, peak):
+@pytest.mark.parametrize("tokens, keep, peak", (
+    (4096, train.EVERYTHING, 37.0), (8192, train.EVERYTHING, 58.3), (32768, train.INPUT, 39.4),
+    (32768, train.ATTENTION, 47.6)))
+def test_the_memory_estimate_is_near_what_was_measured(tokens, keep, peak):
     """Peaks of the 8B shape on an H200, in GiB, weights included: within 10%, and not below."""
     on_gpu = SimpleNamespace(config=bench.LLAMA_8B, device=torch.device("cuda"),
                              dtype=torch.bfloat16)
     with torch.device("meta"):
         weights = sum(p.numel() for p in Llama(bench.LLAMA_8B).parameters()) * 2
         gates = Gates(32, 8, 128)
-    estimate = (weights + train.training_bytes(on_gpu, gates, tokens, checkpoint)) / 2**30
+    estimate = (weights + train.training_bytes(on_gpu, gates, tokens, keep)) / 2**30
     assert peak <= estimate < 1.1 * peak
 
 
@@ -3747,7 +3751,7 @@ def test_bench_train_takes_a_step_of_train_py():
     model = Llama(tiny_shape()).to(DEVICE).requires_grad_(False)
     row = bench.time_train_step(model, 64, window=16, seed=0)
     assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"])
-    assert row["checkpointed"] is False and "memory" in row["estimate"]
+    assert row["layers_keep"] == train.EVERYTHING and "memory" in row["estimate"]
 
 
 def test_the_picture_shows_medians():

@@ -1499,6 +1499,19 @@ def test_soft_gradients_for_oblong_tiles(tile, T, W, kernels, monkeypatch, gpu):
     same_gradients(soft_gradients(kernels.soft_attention, *x, W), want)
 
 
+def test_soft_attention_of_a_checkpointed_layer(kernels, gpu, monkeypatch):
+    """The second run takes the first one's result, with the same gradients, and leaves nothing."""
+    torch.manual_seed(5)
+    *x, do = soft_inputs(1, 2, 2, 70, 24)
+    first_run = []
+    attend = functools.partial(kernels.soft_attention, first_run=first_run)
+    want = soft_gradients(attend, *x, do, 16)
+    assert len(first_run) == 1 and not first_run[0][0].requires_grad
+    monkeypatch.setattr(kernels, "soft_forward", None)
+    assert all(map(torch.equal, soft_gradients(attend, *x, do, 16), want))
+    assert not first_run
+
+
 @needs_gpu
 @pytest.mark.parametrize("T, G, D, dtype", [
     (150, 3, 16, torch.bfloat16), (513, 1, 64, torch.bfloat16), (777, 2, 80, torch.bfloat16),
@@ -1532,7 +1545,7 @@ def test_the_student(gpu):
     equal(hard.attend(0, q, k, v, cos, sin), expected(qkv, g, 9)[0], "hard")
 
     with torch.enable_grad():
-        g.requires_grad_()
+        leaves = [x.requires_grad_() for x in (g, q, k, v)]
         soft = SoftAttention(Replay(g, 9), DEVICE)
         soft.begin(70)
         y = soft.attend(0, q, k, v, cos, sin)
@@ -1540,10 +1553,11 @@ def test_the_student(gpu):
         want = soft_definition(rotate(q, cos, sin), rotate(k, cos, sin), v, log_g, 9)
         equal(y, want, "soft")
         weight = torch.randn_like(y)
-        got_grad = torch.autograd.grad((y * weight).sum(), g)[0]
-        want_grad = torch.autograd.grad((want * weight).sum(), g)[0]
-    assert (got_grad - want_grad).norm() <= 1e-5 * want_grad.norm()
-    assert (got_grad[..., 70 - 9:] == 0).all()      # no query sees these from outside its window
+        got_grads = torch.autograd.grad((y * weight).sum(), leaves)
+        want_grads = torch.autograd.grad((want * weight).sum(), leaves)
+    for got, wanted in zip(got_grads, want_grads, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (got_grads[0][..., 70 - 9:] == 0).all()     # no query sees these from outside its window
     assert torch.equal(soft.g[0], g[0])
 
 
@@ -1734,10 +1748,15 @@ def test_small_kernels(B, Hkv, T, D, expansion, kernels, gpu):
     gate.pre_norm.data = torch.rand(D) + 0.5
     gate.post_norm.data = torch.rand(D) + 0.5
     gate.w2.data *= 20                      # so that gates are far from all equal
-    with torch.enable_grad():               # PyTorch's path: the kernels have no gradients
+    with torch.enable_grad():               # PyTorch's path: this kernel has no gradients
         want = gate(k, k_rotated)
     for _ in range(2):                      # twice: the arrival counters must be zero again
         equal(kernels.gate(gate, k, k_rotated), want)
+    # Keys in half precision: products of factors with 10 bits. (Beyond 64 tokens W1 is in fp16.)
+    half = k.half(), k_rotated.half()
+    with torch.enable_grad():
+        want = gate(*(x.float() for x in half))
+    assert (kernels.gate(gate, *half) - want).abs().max() < 2e-3
     # The gates of three layers in one call, as decode asks for them.
     gates = perturbed_gates(3, Hkv, D)
     k, k_rotated = (torch.randn(B, 3, Hkv, T, D) for _ in range(2))

@@ -54,6 +54,7 @@ import hashlib
 import math
 import sys
 import types
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import files
 from common import UserError, all_reduce_sum, run_program
-from model import attention, kernels_for, rotate
+from model import attention, kernels_for, rotate_both
 
 P = 64              # tokens a page: a tile of the kernels, and small enough to waste little
 MIN_GATE = 1e-3     # in training, so that log g stays finite
@@ -593,12 +594,6 @@ class Cache:
         """
         return files.load_cache(self, path, model)
 
-    def rotate(self, q, k, cos, sin):
-        """q and k after RoPE; in PyTorch as one tensor, which is one pass instead of two."""
-        if self.kernels:
-            return self.kernels.rotate(q, k, cos, sin)
-        return rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
-
 
 class DenseCache(Cache):
     """Keeps everything: the baseline. K and V of each layer are one tensor (B, Hkv, capacity, D).
@@ -662,7 +657,7 @@ class DenseCache(Cache):
                                               self.num_tokens, self.num_new)
             return self.kernels.decode_attention(q, *pages, self.page_table, self.plan, 0,
                                                  early=True)
-        q, k = self.rotate(q, k, cos, sin)
+        q, k = rotate_both(q, k, cos, sin)
 
         # Padding is written too; the next tokens overwrite it before anyone may see it.
         b = torch.arange(self.first, self.first + self.B, device=self.device)[:, None]
@@ -974,7 +969,7 @@ class DualCache(Cache):
         """q (B, Hq, T, D), k, v (B, Hkv, T, D), unrotated -> attention output (B, Hq, T, D)."""
         if q.shape[2] == 1:
             return self.decode(layer, q, k, v, cos, sin)
-        q, k_rotated = self.rotate(q, k, cos, sin)
+        q, k_rotated = rotate_both(q, k, cos, sin)
         g = self.admission.gate(layer, k, k_rotated, self.positions)        # (B, Hkv, T)
         if self.base.queries is not None:
             self.record_queries(layer, q)
@@ -1097,7 +1092,7 @@ class DualCache(Cache):
             return self.kernels.rotate_and_write(q, k, v, cos, sin, pool.k, pool.v,
                                                  self.page_table[layer], self.num_tokens,
                                                  self.num_new, self.window, pool.pos)
-        q, k = self.rotate(q, k, cos, sin)
+        q, k = rotate_both(q, k, cos, sin)
         slots = self.slots[layer]                                           # (B, Hkv, 1)
         pos = self.positions[:, None].expand_as(slots)
         if self.padded:                 # a sequence without a new token writes nothing
@@ -1779,14 +1774,20 @@ class SoftAttention:
     is none: a gate that low has closed for good.) With hard=True the bias is 0 or -inf, as at
     inference. After a forward pass, `g` has each layer's gates (B, Hkv, T).
 
+    keep_outputs, for checkpointed layers on a GPU: a layer that runs again takes attention's output
+    from its first run. In Llama-3.1-8B it takes 8 GiB for 32K tokens, and saves 0.6 of 7.0 s a
+    training step on an H200.
+
     Make a new one per forward pass. Checkpointing runs a layer again in the backward pass; if the
     rerun's gates were kept, the memory of its whole graph would not be freed.
     """
 
-    def __init__(self, gates, device, hard=False):
+    def __init__(self, gates, device, hard=False, keep_outputs=False):
         self.gates = gates
         self.device = device
         self.hard = hard
+        self.keep_outputs = keep_outputs
+        self.first_runs = defaultdict(list)     # of layers: see kernels.soft_attention
         self.g = {}
 
     def begin(self, T, lengths=None):
@@ -1797,17 +1798,18 @@ class SoftAttention:
         pass
 
     def attend(self, layer, q, k, v, cos, sin):
-        q = rotate(q, cos, sin)
-        k_rotated = rotate(k, cos, sin)
+        q, k_rotated = rotate_both(q, k, cos, sin)
         g = self.gates.gate(layer, k, k_rotated, self.positions)
         self.g.setdefault(layer, g)             # the first run's, not the rerun's
         if self.hard:
             log_g = torch.where(g >= self.gates.tau, 0.0, -math.inf)
         else:
             log_g = g.clamp(min=MIN_GATE).log()
+        args = (q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
         kernels = kernels_for(q)
-        attend = kernels.soft_attention if kernels else soft_attention
-        return attend(q.to(v.dtype), k_rotated.to(v.dtype), v, log_g, self.gates.window)
+        if not kernels:
+            return soft_attention(*args)
+        return kernels.soft_attention(*args, self.first_runs[layer] if self.keep_outputs else None)
 
 
 def sparsity_loss(g, window):

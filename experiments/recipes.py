@@ -287,13 +287,13 @@ def random_price(config, number, length):
 
 
 # ------------------------------------------------------------------------------------------- losses
-# A loss: (model, gates, config, way, samples, their numbers, checkpoint layers?)
+# A loss: (model, gates, config, way, samples, their numbers, what layers keep)
 # -> (what is trained, a mean over the samples; figures to show).
 
-def distillation(model, gates, config, way, samples, numbers, checkpoint):
+def distillation(model, gates, config, way, samples, numbers, keep):
     """The paper's loss, with the way's own prices and sizes."""
     gates.p_open = {}                       # only hard-concrete gates have a use for it
-    losses = train.distill(model, gates, samples, checkpoint)
+    losses = train.distill(model, gates, samples, keep)
     sizes = torch.stack(way.sizes(gates, losses.gates))                         # (samples,)
     prices = [way.price(config, number, len(ids)) for number, (ids, _) in zip(numbers, samples)]
     loss = losses.distill + (torch.tensor(prices, device=sizes.device) * sizes).mean()
@@ -329,7 +329,7 @@ def l0_loss(p, window):
 FUTURE_SHARE = 0.2
 
 
-def prediction(model, gates, config, way, samples, numbers, checkpoint):
+def prediction(model, gates, config, way, samples, numbers, keep):
     """future: binary cross-entropy of gates with KVzip's choice (arXiv 2505.23416).
 
     The model with full attention repeats a text. What counts for a key of the first copy is the
@@ -502,14 +502,14 @@ def add_gradients(model, gates, config, way, step, batch, first, micro_batch):
 
     first: the number of the batch's first sample.
     """
-    size, checkpoint = micro_batch
+    size, keep = micro_batch
     loss_of = way.loss(step, config)
     sums = {}
     for start in range(0, len(batch), size):
         samples = batch[start:start + size]
         train.check_vocabulary(model, samples)
         numbers = range(first + start, first + start + len(samples))
-        loss, figures = loss_of(model, gates, config, way, samples, numbers, checkpoint)
+        loss, figures = loss_of(model, gates, config, way, samples, numbers, keep)
         share = len(samples) / len(batch)
         (loss * share).backward()
         for name, mean in figures.items():
@@ -520,11 +520,11 @@ def add_gradients(model, gates, config, way, step, batch, first, micro_batch):
 def micro_batches(model, gates, config):
     """train.plan_micro_batches within MICRO_BATCH_BYTES, as far as fewer samples at once help."""
     plan, estimate = train.plan_micro_batches(model, gates, config)
-    for length, (count, checkpoint) in plan.items():
-        while count > 1 and train.training_bytes(model, gates, count * length,
-                                                 checkpoint) > MICRO_BATCH_BYTES:
+    for length, (count, keep) in plan.items():
+        while count > 1 and (train.training_bytes(model, gates, count * length, keep)
+                             > MICRO_BATCH_BYTES):
             count -= 1
-        plan[length] = (count, checkpoint)
+        plan[length] = (count, keep)
     say(f"{estimate}; samples at once: "
         + ", ".join(f"{count} of {length:,}" for length, (count, _) in plan.items()))
     return plan
