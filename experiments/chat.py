@@ -173,9 +173,13 @@ def stretch(haystack, tokens, text, rng):
 
     It ends with a sentence, if one ends in its last tenth, else with a word.
     """
-    piece = haystack.cut(6 * tokens, rng)           # books have 4 to 5 characters a token
-    offsets = text.tokenizer.encode(piece, add_special_tokens=False).offsets
-    if len(offsets) < tokens:
+    for _ in range(20):
+        piece = haystack.cut(6 * tokens, rng)       # books have 4 to 5 characters a token
+        offsets = text.tokenizer.encode(piece, add_special_tokens=False).offsets
+        if len(offsets) >= tokens:
+            break
+        # A cut ends with a sentence: near a table of verse it may be half as long. Another place.
+    else:
         raise UserError(f"the text is too short to be cut into stretches of {tokens:,} tokens")
 
     def prose(size):
