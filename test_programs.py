@@ -3196,8 +3196,8 @@ def test_too_little_memory_for_training(trainee, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("tokens, keep, peak", (
-    (4096, train.EVERYTHING, 37.0), (8192, train.EVERYTHING, 58.3), (32768, train.INPUT, 39.4),
-    (32768, train.ATTENTION, 47.6)))
+    (4096, train.EVERYTHING, 36.3), (8192, train.EVERYTHING, 57.4), (32768, train.INPUT, 39.4),
+    (32768, train.ATTENTION, 47.0)))
 def test_the_memory_estimate_is_near_what_was_measured(tokens, keep, peak):
     """Peaks of the 8B shape on an H200, in GiB, weights included: within 10%, and not below."""
     on_gpu = SimpleNamespace(config=bench.LLAMA_8B, device=torch.device("cuda"),

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,18 @@ def test_what_does_not_fit_is_refused(text):
         chat.make_cases("needle", BOOK, 9000, 1, text, seed=0)
     with pytest.raises(UserError, match="no prose to hide tasks in"):
         chat.make_cases("needle", "No sentences", 400, 1, text, seed=0)
+
+
+def test_a_short_cut_is_made_elsewhere(text):
+    """A cut that ends with a sentence can be half as long: a run that stops at one such place."""
+    sentence = "It was a bright cold day in April, and the clocks were striking. "
+    cuts = iter([sentence * 3, sentence * 40])
+    haystack = SimpleNamespace(cut=lambda chars, rng: next(cuts))
+    prose = chat.stretch(haystack, 200, text, random.Random(0))(150)
+    assert prose.startswith(sentence) and len(prose) > len(sentence * 3)
+    haystack = SimpleNamespace(cut=lambda chars, rng: sentence)
+    with pytest.raises(UserError, match="too short to be cut into stretches of 200 tokens"):
+        chat.stretch(haystack, 200, text, random.Random(0))
 
 
 def test_passages(text):

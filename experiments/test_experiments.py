@@ -843,7 +843,8 @@ def test_the_readmes_differences_are_measured():
     """A difference whose sign or interval is wrong, here or in gates/README.md."""
     measured = set()
     for name in ("experiments/quality-8", "experiments/quality-9", "experiments/quality-10",
-                 "experiments/recipes", "experiments/chat", "gates/SmolLM2-135M-Instruct"):
+                 "experiments/recipes", "experiments/chat", "experiments/chat-tasks",
+                 "gates/SmolLM2-135M-Instruct"):
         for row in json.loads((HERE / f"{name}.json").read_text())["rows"]:
             for r in row.values():
                 if isinstance(r, dict) and "minus_full" in r:
@@ -910,26 +911,32 @@ def chat_cell(row):
     return f"{difference:.3f}" if task in ("prose", "code") else in_points(difference)
 
 
+CHAT_COLUMNS = [("prose", 4096), ("code", 4096), ("needle", 600), ("needle", 1024),
+                ("needle", 2048), ("needle", 4096), ("needles", 2048), ("values", 2048),
+                ("tracking", 2048), ("chat", 2048)]
+
+
 def test_the_readmes_figures_of_the_chat_model():
     """The same for the tables of the chat model: policies beside gates of two lambdas."""
-    rows = chat_rows("chat.json")
+    rows = chat_rows("chat.json") | chat_rows("chat-tasks.json")
     lines = README.replace("*", "").splitlines()
-    columns = [("prose", 4096), ("code", 4096), ("needle", 600), ("needle", 1024), ("needle", 2048),
-               ("needle", 4096), ("needles", 2048), ("values", 2048), ("tracking", 2048),
-               ("chat", 2048)]
+    columns = CHAT_COLUMNS
     policies = {name: name for name in ("16 sinks + window", "sliding window", "uniform random",
                                         "whole heads")}
     policies["SnapKV's signal (sees the question)"] = "SnapKV's signal (unfair: sees the question)"
-    for lam, gates, columns in (("0.2", "lambda 0.2", columns),
-                                ("0.64", "lambda 0.64, tau 0.05", columns[:6] + columns[9:])):
-        table = {f"gates, lambda {lam}": (gates, None)}
+    for tasks, lam, gates, columns in (
+            ("0.2", "0.2", "lambda 0.2", columns),
+            ("0.9", "0.64", "lambda 0.64, tau 0.05", columns[:6] + columns[9:])):
+        table = {f"gates, lambda {lam}": (gates, None),
+                 f"gates, lambda {tasks}, tasks": (f"lambda {tasks}, tasks", None)}
         table.update((name, (policy, gates)) for name, policy in policies.items())
         for name, key in table.items():
             cells = [chat_cell(rows[*key, *column, 200]) for column in columns]
             line = f"| {name} | " + " | ".join(cells) + " |"
             assert line in lines, line
 
-    for name in ("lambda 0.2", "lambda 0.64, tau 0.05", "lambda 0.64"):
+    for name in ("lambda 0.2, tasks", "lambda 0.2", "lambda 0.9, tasks", "lambda 0.64, tau 0.05",
+                 "lambda 0.64"):
         cells = []
         for task, tokens in (("prose", 4096), ("needle", 600), ("needle", 1024), ("needle", 2048)):
             row = rows[name, None, task, tokens, 1000]
@@ -938,6 +945,30 @@ def test_the_readmes_figures_of_the_chat_model():
             needle = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
             cells += [f"{row['kept']:.1%}", f"{d['mean']:.4f}" if task == "prose" else needle]
         assert f"| {name} | " + " | ".join(cells) + " |" in lines
+
+
+def test_the_readmes_ladder_of_lambda():
+    """The same for the small trainings, and for the choice of W and tau with tasks."""
+    lines = README.replace("*", "").splitlines()
+    rows = chat_rows("chat-ladder.json")
+    for name in ("lambda 0.04", "lambda 0.16", "lambda 0.64", "lambda 1.28", "lambda 0.8, tasks",
+                 "lambda 2, tasks"):
+        cells = [f"{rows[name, None, task, tokens, 200]['kept']:.1%}"
+                 for task, tokens in (("prose", 4096), ("needle", 2048))]
+        cells += [chat_cell(rows[name, None, *column, 200]) for column in CHAT_COLUMNS]
+        assert f"| {name} | " + " | ".join(cells) + " |" in lines
+
+    rows = chat_rows("chat-tasks-tau.json")
+    settings = sorted({policy for policy, *_ in rows if policy != "full attention"})
+    assert len(settings) == 12
+    for policy in settings:
+        lam, W, tau = re.fullmatch(r"lambda (\S+), tasks, W (\d+), tau (\S+)", policy).groups()
+        prose = rows[policy, None, "prose", 4096, 96]
+        cells = [f"{prose['kept']:.1%}", f"{prose['prose']['minus_full']['mean']:.4f}"]
+        for tokens in (600, 1024, 2048):
+            needle = rows[policy, None, "needle", tokens, 128]
+            cells += [f"{needle['kept']:.1%}", chat_cell(needle)]
+        assert f"| {lam}, {W}, {tau} | " + " | ".join(cells) + " |" in lines
 
 
 def test_the_readmes_figures_of_what_the_chat_models_gates_read():
@@ -972,7 +1003,8 @@ def test_the_figures_of_the_gates_page():
     rows = {}
     for row in file["rows"]:
         s = row["settings"]
-        rows[s["policy"] == "full attention", s["task"], s["tokens"]] = row
+        if s["cases"] == 1000:
+            rows[s["policy"] == "full attention", s["task"], s["tokens"]] = row
     for tokens in (600, 1024, 2048):
         gates = rows[False, "needle", tokens]
         found = gates["needle"]["mean"]
@@ -983,7 +1015,7 @@ def test_the_figures_of_the_gates_page():
                 f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) |") in page
     prose = rows[False, "prose", 4096]
     nats = prose["prose"]["minus_full"]["mean"]
-    assert f"| 384 | 0.1 | {prose['kept']:.1%} | +{nats:.4f} |" in page
+    assert f"| 384 | 0.24 | {prose['kept']:.1%} | +{nats:.4f} |" in page
     assert f"{rows[True, 'prose', 4096]['prose']['mean']:.3f} nats a token" in page
 
 
