@@ -924,11 +924,11 @@ def test_the_readmes_figures_of_the_chat_model():
     policies = {name: name for name in ("16 sinks + window", "sliding window", "uniform random",
                                         "whole heads")}
     policies["SnapKV's signal (sees the question)"] = "SnapKV's signal (unfair: sees the question)"
-    for tasks, lam, gates, columns in (
+    for asked, lam, gates, columns in (
             ("0.2", "0.2", "lambda 0.2", columns),
             ("0.9", "0.64", "lambda 0.64, tau 0.05", columns[:6] + columns[9:])):
         table = {f"gates, lambda {lam}": (gates, None),
-                 f"gates, lambda {tasks}, tasks": (f"lambda {tasks}, tasks", None)}
+                 f"gates, lambda {asked}, tasks": (f"lambda {asked}, tasks", None)}
         table.update((name, (policy, gates)) for name, policy in policies.items())
         for name, key in table.items():
             cells = [chat_cell(rows[*key, *column, 200]) for column in columns]
