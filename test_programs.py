@@ -2881,6 +2881,7 @@ def test_a_stopped_run_continues_to_the_same_gates(trainee, tmp_path, monkeypatc
     assert train.main([*trainee, "--out", str(tmp_path / "whole")]) == 0
     out = str(tmp_path / "stopped")
     log = train.RunFiles.log
+    handler = signal.getsignal(signal.SIGINT)
 
     def log_and_interrupt(self, figures):
         log(self, figures)
@@ -2892,7 +2893,7 @@ def test_a_stopped_run_continues_to_the_same_gates(trainee, tmp_path, monkeypatc
         err = run_with_error([*trainee, "--out", out], 130, capsys)
     assert "interrupted" in err
     assert Gates.load(out, Llama.from_pretrained(tmp_path)).window == 32
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
     assert train.main([*trainee, "--out", out, "--resume"]) == 0
     same_gates(tmp_path / "whole", out)
