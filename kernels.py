@@ -167,8 +167,8 @@ def rotate(q, k, cos, sin):
 class Rotation(torch.autograd.Function):
     """`rotate` in training. The transpose of a rotation turns the other way: sin becomes -sin.
 
-    In PyTorch the rotation and its gradient are some twenty passes over q and k: 0.6 s of a
-    training step of Llama-3.1-8B with 32K tokens, which takes 6.4 s with them.
+    In PyTorch the rotation and its gradient are some twenty passes over q and k: 0.4 s more of a
+    training step of Llama-3.1-8B with 32K tokens on an H200, which takes 6.0 s with this kernel.
     """
 
     @staticmethod
